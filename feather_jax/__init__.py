@@ -1,0 +1,27 @@
+"""Feather for JAX: train a neural network sparse, from scratch, in one run."""
+
+from feather_jax.compact import load, load_metadata, save
+from feather_jax.feather import Feather
+from feather_jax.macs import count_macs
+from feather_jax.masks import prunable_weights
+from feather_jax.operator import sparsify, threshold_operator
+from feather_jax.schedule import cubic_schedule, default_theta
+from feather_jax.selection import global_threshold
+from feather_jax.summary import summarize
+from feather_jax.transform import scale_pruned_gradients
+
+__all__ = [
+    "Feather",
+    "count_macs",
+    "cubic_schedule",
+    "default_theta",
+    "global_threshold",
+    "load",
+    "load_metadata",
+    "prunable_weights",
+    "save",
+    "scale_pruned_gradients",
+    "sparsify",
+    "summarize",
+    "threshold_operator",
+]
