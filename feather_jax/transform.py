@@ -1,0 +1,97 @@
+"""The gradient transformation that scales what pruned weights receive."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from feather_jax.masks import Mask, resolve_mask
+from feather_jax.operator import comparable, spread_threshold
+from feather_jax.schedule import check_theta
+
+
+def scale_pruned_gradients(
+    theta: float | Float[Array, ""], *, prunable: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies by theta the updates of the prunable weights that are pruned, |w| <= threshold.
+
+    It belongs first in an `optax.chain`, before clipping, weight decay and momentum. `update`
+    takes the threshold of this step as an extra argument, beside other transformations' own:
+
+      updates, state = tx.update(grads, state, params, threshold=threshold)
+
+    With a threshold of 0 nothing is scaled. It holds no state, so it can be put into a chain or
+    taken out. Updates that are None or that Optax has replaced by `MaskedNode` are passed over, so
+    it works inside `optax.masked` and `optax.partition`.
+
+    Args:
+      theta: the scale, finite and at least 0; an array inside `optax.inject_hyperparams`.
+      prunable: which weights may be pruned; `prunable_weights` by default.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`. The updates keep their dtypes; `update` raises
+      ValueError where `params` or `threshold` is missing. `threshold` is a scalar or a pytree
+      prefix of params, as for `sparsify`.
+
+    Raises:
+      ValueError: theta is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from feather_jax import scale_pruned_gradients
+      >>> params = {"kernel": jnp.array([[0.1, 2.0]])}
+      >>> tx = optax.chain(scale_pruned_gradients(0.5), optax.sgd(1.0))
+      >>> grads = {"kernel": jnp.ones((1, 2))}
+      >>> tx.update(grads, tx.init(params), params, threshold=1.0)[0]
+      {'kernel': Array([[-0.5, -1. ]], dtype=float32)}
+
+    References:
+      Gradient scaling in Feather (Glentis Georgoulakis et al., BMVC 2023,
+      https://arxiv.org/abs/2310.02448); theta as in `default_theta`.
+    """
+    scale = theta if isinstance(theta, jax.core.Tracer) else check_theta(theta)
+
+    def update(
+        updates: PyTree,
+        state: optax.EmptyState,
+        params: PyTree | None = None,
+        *,
+        threshold: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, optax.EmptyState]:
+        del extra_args  # other transformations' own
+        if params is None:
+            raise ValueError(
+                "scale_pruned_gradients compares the weights with the threshold: pass the "
+                "parameters, as in tx.update(grads, state, params, threshold=threshold)."
+            )
+        if threshold is None:
+            raise ValueError(
+                "scale_pruned_gradients needs the threshold of this step: pass it, as in "
+                "tx.update(grads, state, params, threshold=threshold). (Flax's "
+                "TrainState.apply_gradients does not forward it; call tx.update yourself.)"
+            )
+
+        def passed_over(update: Any) -> bool:
+            return update is None or isinstance(update, optax.MaskedNode)
+
+        def scaled(update: Any, weight: Array, threshold: Array, selected: bool) -> Any:
+            if passed_over(update) or not selected:
+                return update
+            weight, threshold = comparable(weight, threshold)
+            pruned = (jnp.abs(weight) <= threshold) & (threshold > 0)
+            return jnp.where(pruned, scale * update, update).astype(update.dtype)
+
+        new_updates = jax.tree.map(
+            scaled,
+            updates,
+            params,
+            spread_threshold(threshold, params),
+            resolve_mask(params, prunable),
+            is_leaf=passed_over,
+        )
+        return new_updates, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
