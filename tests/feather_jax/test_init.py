@@ -1,0 +1,50 @@
+"""The package exports DESIGN's public names, and needs no Flax."""
+
+import subprocess
+import sys
+import types
+
+import feather_jax
+
+PUBLIC = {
+    "Feather",
+    "count_macs",
+    "cubic_schedule",
+    "default_theta",
+    "global_threshold",
+    "load",
+    "load_metadata",
+    "prunable_weights",
+    "save",
+    "scale_pruned_gradients",
+    "sparsify",
+    "summarize",
+    "threshold_operator",
+}
+
+
+def test_exports_the_public_names_and_nothing_else():
+    assert set(feather_jax.__all__) == PUBLIC
+    assert list(feather_jax.__all__) == sorted(PUBLIC)
+    visible = {
+        name
+        for name, value in vars(feather_jax).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert visible == PUBLIC
+
+
+def test_runs_where_flax_cannot_be_imported():
+    program = """
+import sys
+sys.modules.update(dict.fromkeys(["flax", "orbax", "tensorflow", "matplotlib", "train"]))
+import jax.numpy as jnp
+import feather_jax as feather
+prune = feather.Feather(0.5, 1)
+print(feather.summarize(prune.finalize({"kernel": jnp.arange(1.0, 6.0)[None]})).nonzero)
+loaded = {name for name, module in sys.modules.items() if module is not None}
+print([name for name in ("flax", "orbax", "matplotlib") if name in loaded])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stderr == ""
+    assert result.stdout == "2\n[]\n"
