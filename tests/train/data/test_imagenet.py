@@ -1,0 +1,141 @@
+"""ImageNet's batches: the same from any number of processes, workers and interruptions."""
+
+import numpy as np
+import pytest
+
+from train import data
+from train.errors import UserError
+
+SPEC = {"name": "imagenet2012", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "image_size": 32}
+
+
+def load(data_dir, batch_size=6, processes=1, process=0, **fields):
+    return data.load(
+        SPEC | {"flip": True, "data_dir": str(data_dir)} | fields,
+        batch_size=batch_size,
+        seed=3,
+        process_index=process,
+        process_count=processes,
+    )
+
+
+def take(batches, count):
+    taken = [{k: np.array(v) for k, v in next(batches).items()} for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def check_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key])
+
+
+def joined(slices):
+    """Global batches of the processes' slices."""
+    return [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*slices, strict=True)
+    ]
+
+
+# 22 photographs are 3 batches of 6 an epoch: updates 1 to 6 are parts of three epochs.
+def test_global_batches_are_the_same_for_any_processes_and_interruptions(small_imagenet):
+    whole = take(load(small_imagenet).train_batches(1), 6)
+    slices = [
+        take(data_set.train_batches(1), 3) + take(data_set.train_batches(4), 3)
+        for data_set in (load(small_imagenet, processes=2, process=p) for p in range(2))
+    ]
+    check_equal(joined(slices), whole)
+    images = np.concatenate([batch["image"] for batch in whole])
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(small_imagenet):
+    without = load(small_imagenet)
+    whole = take(without.train_batches(1), 6)
+    slices = []
+    for process in range(2):
+        data_set = load(small_imagenet, processes=2, process=process, workers=2)
+        slices.append(take(data_set.train_batches(1), 3))
+    check_equal(joined(slices), whole[:3])
+    resumed = take(load(small_imagenet, workers=2).train_batches(4), 3)
+    check_equal(resumed, whole[3:])
+    check_equal(list(load(small_imagenet, workers=2).eval_batches()), list(without.eval_batches()))
+
+
+def test_batches_are_as_the_contract_has_them(small_imagenet):
+    data_set = load(small_imagenet, batch_size=4, processes=2, process=1)
+    assert data_set.image_shape == (32, 32, 3)
+    assert data_set.num_classes == 1000
+    assert (data_set.num_train, data_set.num_eval) == (22, 8)
+    (batch,) = take(data_set.train_batches(0), 1)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        "image": ((2, 32, 32, 3), np.uint8),
+        "label": ((2,), np.int32),
+        "index": ((2,), np.int32),
+    }
+    np.testing.assert_array_equal(batch["index"], [2, 3])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_takes_every_photograph_once(small_imagenet, processes):
+    seen = []
+    for process in range(processes):
+        batches = load(small_imagenet, processes=processes, process=process).eval_batches()
+        batches = take(batches, 2)
+        for batch in batches:
+            assert batch["image"].shape == (6 // processes, 32, 32, 3)
+            seen += batch["label"][batch["mask"]].tolist()
+    assert sorted(seen) == [7 * i for i in range(22, 30)]
+
+
+def test_augmentation_is_a_crop_and_in_half_of_the_cases_a_flip(small_imagenet):
+    """Without flips, an image differs from the flipped one by its mirroring or not at all."""
+    with_flips = take(load(small_imagenet).train_batches(0), 30)
+    without = take(load(small_imagenet, flip=False).train_batches(0), 30)
+    mirrored = []
+    for batch, other in zip(with_flips, without, strict=True):
+        for image, plain in zip(batch["image"], other["image"], strict=True):
+            mirrored.append(not np.array_equal(image, plain))
+            np.testing.assert_array_equal(image[:, ::-1] if mirrored[-1] else image, plain)
+    assert 63 <= sum(mirrored) <= 117  # of 180, four standard deviations
+
+
+def test_preprocessing_on_the_device_is_normalisation_alone(small_imagenet):
+    data_set = load(small_imagenet)
+    (batch,) = take(data_set.train_batches(0), 1)
+    expected = (batch["image"] / 255 - 0.5) / 0.2
+    np.testing.assert_allclose(data_set.eval_preprocess(batch["image"]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["threads", "workers"]
+)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"image": b"no image"}, "Record 2 of imagenet2012's split 'train' .* is damaged"),
+        ({"label": 1000}, r"Record 2 .* has label 1000, not one in \[0, 1000\)"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(
+    tmp_path, write_prepared, jpeg_photographs, workers, change, says
+):
+    examples = [{"image": image, "label": 1} for image in jpeg_photographs[:4]]
+    examples[2] |= change
+    for example in examples:
+        example["file_name"] = b"x.JPEG"
+    write_prepared(tmp_path, "imagenet2012", {"train": examples, "validation": examples[:2]})
+    batches = load(tmp_path, batch_size=4, workers=workers).train_batches(0)
+    with pytest.raises(UserError, match=says) as error:
+        next(batches)
+    assert "`python -m train.prepare imagenet2012 --data_dir" in str(error.value)
+
+
+def test_missing_imagenet_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"`python -m train.prepare imagenet2012 --data_dir .*`"):
+        load(tmp_path)

@@ -1,0 +1,47 @@
+"""What the training program knows of a data set: sizes, batches, preprocessing on the device."""
+
+import dataclasses
+from collections.abc import Callable, Generator
+
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """One data set as one process of a run sees it.
+
+    Batches are dicts of NumPy arrays that hold this process's slice of a global batch, b =
+    batch_size // process_count examples. For training: `image` uint8 [b, h, w, c], `label` int32
+    [b] and `index` int32 [b], the position of each example in the global batch. For evaluation:
+    `image`, `label` and `mask` bool [b], False where an entry is padding.
+
+    Attributes:
+      name: the data set's name, as the configuration gives it.
+      image_shape: (height, width, channels) of the images that the model sees.
+      num_classes: labels are in [0, num_classes).
+      num_train: training examples, over all processes.
+      num_eval: evaluation examples, over all processes.
+      train_batches: train_batches(step) yields this process's slices of the global batches of
+        updates step, step + 1, ..., without end. Update k is the same whichever step the iterator
+        was started from.
+      eval_batches: yields every evaluation example exactly once over all processes; all processes
+        get equally many batches of equal shape.
+      train_preprocess: images and one PRNG key an example to augmented, normalised float32 images;
+        for use inside the jitted step.
+      eval_preprocess: images to normalised float32 images.
+      classes: the names of the classes in the order of the labels, or ().
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    num_train: int
+    num_eval: int
+    train_batches: Callable[[int], Generator[Batch, None, None]]
+    eval_batches: Callable[[], Generator[Batch, None, None]]
+    train_preprocess: Callable[[UInt8[Array, "b h w c"], Key[Array, " b"]], Float[Array, "b h w c"]]
+    eval_preprocess: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
+    classes: tuple[str, ...] = ()

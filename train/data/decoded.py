@@ -1,0 +1,113 @@
+"""Prepared data sets that fit in memory: decoded once, then kept as arrays on disk."""
+
+import hashlib
+import os
+import pathlib
+import tempfile
+import zipfile
+
+import cv2
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from train.cache import user_cache
+from train.data.memory import Arrays
+from train.data.prepared import Records, open_prepared
+
+_CHUNK = 1024  # TFDS reads many records at once three times as fast as one by one
+
+
+def load(name: str, shape: tuple[int, int, int], data_dir: str) -> Arrays:
+    """The whole of a data set that `train.prepare` wrote.
+
+    The first call decodes it, which takes seconds, and keeps the arrays in the user's cache
+    directory for the next. Processes may start at once: each writes a file of its own and renames
+    it. A file that is damaged or was made of other records is replaced; a directory that can't be
+    written is no error.
+
+    Args:
+      name: a key of `KNOWN`.
+      shape: (height, width, channels) of its images.
+      data_dir: the directory that was given to `train.prepare`, "" for TFDS's default.
+
+    Raises:
+      UserError: if the data set is not there, or a record is damaged, of another shape or of a
+        class that the data set does not have.
+    """
+    prepared = open_prepared(name, data_dir)
+    directory = pathlib.Path(prepared.directory)
+    place = hashlib.sha256(os.fspath(directory.resolve()).encode()).hexdigest()[:16]
+    path = user_cache() / "feather_jax" / "data" / f"{name}-{place}.npz"
+    made_of = _fingerprint(directory)
+    arrays = _read(path, made_of)
+    if arrays is None:
+        arrays = Arrays(
+            *_decode(prepared.train, shape), *_decode(prepared.evaluation, shape), prepared.classes
+        )
+        _write(path, arrays, made_of)
+    return arrays
+
+
+def _decode(
+    records: Records, shape: tuple[int, int, int]
+) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]:
+    images = np.empty((len(records), *shape), np.uint8)
+    labels = np.empty(len(records), np.int32)
+    for start in range(0, len(records), _CHUNK):
+        numbers = range(start, min(start + _CHUNK, len(records)))
+        for i, record in zip(numbers, records.read(numbers), strict=True):
+            encoded = np.frombuffer(record["image"], np.uint8)
+            image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if encoded.size else None
+            if image is None:
+                raise records.error(i, "is not an image")
+            image = image[..., None] if image.ndim == 2 else image[..., ::-1]  # OpenCV has BGR
+            if image.shape != shape or image.dtype != np.uint8:
+                raise records.error(i, f"is {image.dtype} {image.shape}, not uint8 {shape}")
+            images[i], labels[i] = image, record["label"]
+    return images, labels
+
+
+def _fingerprint(directory: pathlib.Path) -> str:
+    """Names, sizes and times of the files that the arrays are made of."""
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in directory.iterdir())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def _read(path: pathlib.Path, made_of: str) -> Arrays | None:
+    """The arrays in a file, None if it is not there, damaged (zip's CRC-32) or of other records."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["made_of"]) != made_of:
+                return None
+            return Arrays(
+                file["train_images"],
+                file["train_labels"],
+                file["eval_images"],
+                file["eval_labels"],
+                tuple(file["classes"].tolist()),
+            )
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
+        return None
+
+
+def _write(path: pathlib.Path, arrays: Arrays, made_of: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                np.savez(
+                    file,
+                    made_of=np.array(made_of),
+                    train_images=arrays.train_images,
+                    train_labels=arrays.train_labels,
+                    eval_images=arrays.eval_images,
+                    eval_labels=arrays.eval_labels,
+                    classes=np.array(arrays.classes),
+                )
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                pathlib.Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError:  # a full disk or a read-only home costs time at the next start, no more
+        pass

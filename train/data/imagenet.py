@@ -1,0 +1,108 @@
+"""ImageNet: JPEGs read, decoded and cropped by Grain's workers or threads."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int32, UInt8
+
+from train.data import augment, photographs
+from train.data.dataset import Batch, DataSet
+from train.data.order import Order
+from train.data.photographs import Box
+from train.data.prepared import Prepared, Records
+from train.data.spec import KNOWN, Spec
+
+_MAX_THREADS = 16
+
+
+def data_set(spec: Spec, prepared: Prepared, train_order: Order, eval_order: Order) -> DataSet:
+    """Batches of ImageNet's photographs, cropped to squares, in the given orders.
+
+    Training takes a random resized crop and flips it, evaluation the central crop. Both happen
+    here, on the host; normalisation is left to the device.
+    """
+    train = functools.partial(_train_batch, prepared.train, train_order, spec)
+    evaluation = functools.partial(_eval_batch, prepared.evaluation, eval_order, spec)
+    return DataSet(
+        name=spec.name,
+        image_shape=(spec.image_size, spec.image_size, 3),
+        num_classes=KNOWN[spec.name].num_classes,
+        num_train=len(prepared.train),
+        num_eval=len(prepared.evaluation),
+        train_batches=lambda step: _batches(train, step, sys.maxsize, spec.workers),
+        eval_batches=lambda: _batches(evaluation, 0, eval_order.eval_steps, spec.workers),
+        train_preprocess=functools.partial(
+            augment.augment_and_normalize,
+            mean=spec.mean,
+            std=spec.std,
+            crop_padding=0,
+            flip=False,
+        ),
+        eval_preprocess=functools.partial(augment.normalize, mean=spec.mean, std=spec.std),
+        classes=prepared.classes,
+    )
+
+
+def _batches(
+    make: Callable[[int], Batch], start: int, stop: int, workers: int
+) -> Generator[Batch, None, None]:
+    """make(start), ..., make(stop - 1), made ahead by worker processes, or by threads without them.
+
+    Workers make whole batches, so that each copies one array and their number changes nothing.
+    """
+    flags.FLAGS.mark_as_parsed()  # Grain reads its own there; the program keeps none in them
+    threads = 1 if workers else min(os.cpu_count() or 1, _MAX_THREADS)
+    batches = iter(
+        grain.MapDataset.range(start, stop)
+        .map(make)
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    )
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _train_batch(records: Records, order: Order, spec: Spec, step: int) -> Batch:
+    positions, examples = order.positions(), order.train_examples(step)
+    u = photographs.uniforms(order.seed, step, int(positions[0]), len(positions))
+    boxes = [functools.partial(photographs.random_box, u=row) for row in u]
+    images, labels = _decode(records, examples, boxes, spec.image_size, fast=True)
+    if spec.flip:
+        for i in np.flatnonzero(u[:, -1] < 0.5):
+            cv2.flip(images[i], 1, dst=images[i])
+    return {"image": images, "label": labels, "index": positions}
+
+
+def _eval_batch(records: Records, order: Order, spec: Spec, batch: int) -> Batch:
+    examples, mask = order.eval_examples(batch)
+    boxes = [photographs.center_box] * len(examples)
+    images, labels = _decode(records, examples, boxes, spec.image_size, fast=False)
+    return {"image": images, "label": labels, "mask": mask}
+
+
+def _decode(
+    records: Records,
+    examples: Int32[np.ndarray, " b"],
+    boxes: Sequence[Callable[[int, int], Box]],
+    size: int,
+    *,
+    fast: bool,
+) -> tuple[UInt8[np.ndarray, "b s s 3"], Int32[np.ndarray, " b"]]:
+    images = np.empty((len(examples), size, size, 3), np.uint8)
+    labels = np.empty(len(examples), np.int32)
+    read = records.read(examples)
+    for i, (record, box) in enumerate(zip(read, boxes, strict=True)):
+        try:
+            photographs.crop_and_resize(record["image"], box, images[i], fast=fast)
+        except ValueError as error:
+            raise records.error(examples[i], f"is damaged ({error})") from error
+        labels[i] = record["label"]
+    return images, labels

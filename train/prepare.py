@@ -1,0 +1,154 @@
+"""Prepares a data set with TFDS: python -m train.prepare fashion_mnist --data_dir ~/data"""
+
+import gzip
+import importlib.util
+import os
+import pathlib
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Sequence
+
+import requests
+import tensorflow_datasets as tfds
+
+from train import program
+from train.data.prepared import Missing, Prepared, one_line, open_prepared
+from train.data.spec import KNOWN
+from train.errors import UserError
+
+PREPARABLE = [name for name in KNOWN if name != "digits"]  # digits come with scikit-learn
+
+ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")  # ImageNet's
+
+# Debian's package dataset-fashion-mnist has the original four files, but compressed anew, so that
+# they don't have the checksums that TFDS knows.
+DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
+
+
+def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Prepared:
+    """Downloads a data set and writes it as ArrayRecord, unless it is there already.
+
+    TFDS writes into a directory of another name and renames it at the end, so that what was
+    interrupted is not taken for a data set.
+
+    Args:
+      name: one of `PREPARABLE`.
+      data_dir: where to, "" for TFDS's default.
+      manual_dir: where ImageNet's archives are, "" for `downloads/manual` in data_dir.
+
+    Returns:
+      The data set, opened.
+
+    Raises:
+      UserError: if the name is unknown; if TensorFlow, ImageNet's archives, the internet or disk
+        space is missing; or if what is there is damaged.
+    """
+    if name not in PREPARABLE:
+        raise UserError(f"{name!r} can't be prepared; choose one of {', '.join(PREPARABLE)}.")
+    try:
+        return open_prepared(name, data_dir)
+    except Missing:
+        pass
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"Preparing {name} needs TensorFlow; install it with "
+            "`pip install 'feather-jax[prepare]'`."
+        )
+    builder = tfds.builder(
+        name, data_dir=os.path.expanduser(data_dir) or None, file_format="array_record"
+    )
+    downloads = os.fspath(builder.data_dir_root / "downloads")
+    manual_dir = os.path.expanduser(manual_dir) or os.path.join(downloads, "manual")
+    from_debian = name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir()
+    if name == "imagenet2012":
+        _check_archives(pathlib.Path(manual_dir))
+    elif not from_debian:
+        _check_connection(name, next(iter(builder.url_infos)))
+    import tensorflow as tf  # after the checks, as it takes seconds and prints
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            if from_debian:
+                # The builder does all but the download, so that the data set is the same.
+                split_generators, files = builder._split_generators, _DebianFiles(scratch)
+                builder._split_generators = lambda dl_manager: split_generators(files)
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=manual_dir, try_download_gcs=False
+                )
+            )
+    except (
+        OSError,  # among them all of requests', and TFDS's where the disk is too small
+        EOFError,
+        tarfile.TarError,
+        zlib.error,
+        tf.errors.OpError,
+        tfds.download.DownloadError,
+        tfds.download.download_manager.NonMatchingChecksumError,
+    ) as error:
+        raise UserError(
+            f"{name} could not be prepared ({one_line(error)}); mend that and start again."
+        ) from error
+    return open_prepared(name, data_dir)
+
+
+class _DebianFiles:
+    """Stands in for TFDS's download manager where Debian's package has the files."""
+
+    def __init__(self, scratch: str):
+        self._scratch = pathlib.Path(scratch)
+
+    def download_and_extract(self, urls: dict[str, str]) -> dict[str, str]:
+        """Paths of the decompressed files of these addresses, by the same keys."""
+        paths = {}
+        for key, url in urls.items():
+            name = url.rsplit("/", 1)[-1]
+            path = self._scratch / name.removesuffix(".gz")
+            path.write_bytes(gzip.decompress((DEBIAN_FASHION_MNIST / name).read_bytes()))
+            paths[key] = os.fspath(path)
+        return paths
+
+
+def _check_archives(folder: pathlib.Path) -> None:
+    if missing := [name for name in ARCHIVES if not (folder / name).is_file()]:
+        raise UserError(
+            f"ImageNet's {' and '.join(missing)} can't be found in {folder}; download them from "
+            "https://image-net.org/download-images, where you need an account, and give their "
+            "directory with --manual_dir."
+        )
+
+
+def _check_connection(name: str, url: str) -> None:
+    """One quick look, as TFDS itself tries for minutes."""
+    try:
+        requests.head(url, timeout=30)
+    except requests.RequestException as error:
+        raise UserError(
+            f"{name} can't be downloaded, as {url} can't be reached "
+            f"({type(error).__name__}); connect to the internet, or prepare it on a machine that "
+            "is and copy its data_dir."
+        ) from error
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepares a data set and says where it is."""
+    parser = program.ArgumentParser("train.prepare", description=__doc__)
+    parser.add_argument("name", help=f"one of {', '.join(PREPARABLE)}")
+    parser.add_argument("--data_dir", default="", help="where to (default: TFDS's)")
+    parser.add_argument(
+        "--manual_dir",
+        default="",
+        help="where ImageNet's archives are (default: downloads/manual in data_dir)",
+    )
+    arguments = parser.parse_args(argv)
+    prepared = prepare(arguments.name, arguments.data_dir, arguments.manual_dir)
+    print(
+        f"{arguments.name} is in {prepared.directory}: {len(prepared.train):,} training and "
+        f"{len(prepared.evaluation):,} evaluation examples."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(lambda: main(sys.argv[1:])))
