@@ -1,0 +1,208 @@
+"""The training step: the same on any number of devices, with or without Feather."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import feather_jax as feather
+from train import parallel
+from train.step import TrainState, accumulate, cross_entropy, example_keys, make_train_step
+
+BATCH, CLASSES = 16, 5
+
+
+class Network(nn.Module):
+    """A convolution, batch normalisation over all devices, and a dense layer."""
+
+    norm: bool = True
+
+    @nn.compact
+    def __call__(self, images, *, train, axis_name=None):
+        x = nn.Conv(6, (3, 3), dtype=images.dtype, param_dtype=images.dtype)(images)
+        if self.norm:
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                axis_name=axis_name if train else None,
+                dtype=images.dtype,
+                param_dtype=images.dtype,
+            )(x)
+        x = nn.relu(x).mean((1, 2))
+        return nn.Dense(CLASSES, dtype=images.dtype, param_dtype=images.dtype)(x)
+
+
+def noise_and_scale(images, keys):
+    """An augmentation that shows if an example gets another key."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], float))(keys)
+    return images.astype(float) / 255 + 0.1 * noise
+
+
+def global_batch(step):
+    rng = np.random.default_rng(step)
+    return {
+        "image": rng.integers(0, 256, (BATCH, 6, 6, 1), np.uint8),
+        "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+        "index": np.arange(BATCH, dtype=np.int32),
+    }
+
+
+def setup(prune, *, norm=True, learning_rate=0.1, **options):
+    model = Network(norm)
+    schedule = optax.constant_schedule(learning_rate)
+    scaling = [] if prune is None else [prune.scale_gradients()]
+    tx = optax.with_extra_args_support(
+        optax.chain(*scaling, optax.clip_by_global_norm(3.0), optax.sgd(schedule, momentum=0.9))
+    )
+    step = make_train_step(model, tx, prune, schedule, noise_and_scale, seed=1, **options)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1), float), train=False)
+    params = variables["params"]
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(params),
+    )
+    return step, state
+
+
+def feather_for(sparsity):
+    return feather.Feather(sparsity=sparsity, end_step=20, theta=0.5)
+
+
+def train_on(devices, steps, prune):
+    chosen = jax.devices()[:devices]
+    step, state = setup(prune)
+    mesh = jax.sharding.Mesh(np.array(chosen), (parallel.AXIS,))
+    parallel_step = jax.pmap(
+        lambda state, batch: step(state, batch, axis_name=parallel.AXIS),
+        axis_name=parallel.AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=chosen,
+    )
+    state = parallel.replicate(state, mesh)
+    for number in range(steps):
+        state, metrics = parallel_step(state, parallel.shard(global_batch(number), mesh))
+    return jax.device_get((state, metrics))
+
+
+def assert_close(actual, expected, tolerance):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        actual,
+        expected,
+    )
+
+
+@pytest.fixture(scope="module")
+def forty_steps_without_an_axis():
+    with jax.enable_x64(True):
+        step, state = setup(feather_for(0.9))
+        jitted = jax.jit(step)
+        for number in range(40):
+            state, metrics = jitted(state, global_batch(number))
+        return jax.device_get((state, metrics))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_the_number_of_devices_changes_nothing(devices, forty_steps_without_an_axis):
+    """Batch statistics, gradients, thresholds and augmentation are those of the global batch."""
+    with jax.enable_x64(True):
+        many = train_on(devices, 40, feather_for(0.9))
+    assert many[0].params["Conv_0"]["kernel"].dtype == np.float64
+    assert_close(many, forty_steps_without_an_axis, 1e-9)
+
+
+def test_dense_twin_has_nothing_of_feather():
+    step, state = setup(None)
+    new_state, metrics = jax.jit(step)(state, global_batch(0))
+    assert set(metrics) == {"train/loss", "train/accuracy", "learning_rate"}
+    jaxpr = str(jax.make_jaxpr(step)(state, global_batch(0)))
+    assert "while" not in jaxpr, "the threshold's search"
+    assert "custom_vjp" not in jaxpr.replace("custom_jvp_call[name=relu", "")
+    assert int(new_state.step) == 1
+
+
+def test_sparsity_0_in_feather_equals_the_dense_twin():
+    """Feather with nothing to prune yet follows the dense step to the last bit."""
+    begins_later = feather.Feather(sparsity=0.9, begin_step=100, end_step=200)
+    results = []
+    for prune in (None, begins_later):
+        step, state = setup(prune)
+        for number in range(3):
+            state, _ = jax.jit(step)(state, global_batch(number))
+        results.append(jax.device_get(state.params))
+    assert_close(*results, 1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_equal_one_batch(parts):
+    """Without batch normalisation the parts of a batch give the gradient of the whole."""
+    with jax.enable_x64(True):
+        results = []
+        for accumulate_steps in (1, parts):
+            step, state = setup(feather_for(0.8), norm=False, accumulate_steps=accumulate_steps)
+            jitted = jax.jit(step)
+            for number in range(10):
+                state, metrics = jitted(state, global_batch(number))
+            results.append(jax.device_get((state, metrics)))
+        assert_close(*results, 1e-12)
+
+
+def test_accumulation_passes_statistics_from_part_to_part():
+    def loss_fn(weights, statistics, images, labels):
+        return jnp.sum(weights * images), (statistics + jnp.sum(labels), {"loss": jnp.sum(images)})
+
+    grads, statistics, metrics = accumulate(
+        loss_fn, jnp.ones(()), jnp.zeros(()), jnp.arange(6.0), jnp.arange(6), 3
+    )
+    assert (grads, statistics, metrics["loss"]) == (5.0, 15, 5.0)
+
+
+def test_metrics_are_those_used_in_the_update():
+    prune = feather_for(0.9)
+    step, state = setup(prune)
+    state = state.replace(step=jnp.asarray(7, jnp.int32))
+    _, metrics = jax.jit(step)(state, global_batch(0))
+    np.testing.assert_allclose(metrics["sparsity"], 0.9 * (1 - (1 - 7 / 20) ** 3), rtol=1e-6)
+    kernels = [state.params["Conv_0"]["kernel"], state.params["Dense_0"]["kernel"]]
+    magnitudes = np.concatenate([np.abs(kernel).ravel() for kernel in kernels])
+    expected = np.quantile(magnitudes, float(metrics["sparsity"]))
+    np.testing.assert_allclose(metrics["threshold"], expected, rtol=1e-5)
+
+
+def test_pruned_weights_move_by_theta_times_as_much():
+    """One plain step on the same batch, with theta 1 and 0.5: kept weights move alike."""
+    moves = []
+    for theta in (1.0, 0.5):
+        prune = feather.Feather(sparsity=0.5, end_step=0, theta=theta)
+        step, state = setup(prune, learning_rate=1e-3)
+        new_state, _ = jax.jit(step)(state, global_batch(0))
+        kernel = np.asarray(state.params["Conv_0"]["kernel"])
+        moves.append(np.asarray(new_state.params["Conv_0"]["kernel"]) - kernel)
+    pruned = np.abs(kernel) <= np.asarray(prune.threshold(state.params, 0))
+    assert 0 < pruned.sum() < pruned.size
+    np.testing.assert_allclose(moves[1][~pruned], moves[0][~pruned], rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(moves[1][pruned], moves[0][pruned] / 2, rtol=1e-3, atol=1e-7)
+
+
+def test_example_keys_depend_on_seed_step_and_index_alone():
+    whole = jax.random.key_data(example_keys(3, jnp.int32(5), jnp.arange(8)))
+    part = jax.random.key_data(example_keys(3, jnp.int32(5), jnp.arange(4, 8)))
+    np.testing.assert_array_equal(whole[4:], part)
+    other_step = jax.random.key_data(example_keys(3, jnp.int32(6), jnp.arange(8)))
+    other_seed = jax.random.key_data(example_keys(4, jnp.int32(5), jnp.arange(8)))
+    assert len(np.unique(np.concatenate([whole, other_step, other_seed]), axis=0)) == 24
+
+
+def test_cross_entropy_against_smoothed_labels():
+    logits = np.random.default_rng(0).normal(size=(6, 4))
+    labels = np.array([0, 1, 2, 3, 0, 1])
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for smoothing in (0.0, 0.1):
+        targets = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+        expected = -(targets * log_probabilities).sum(-1)
+        actual = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), smoothing)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)

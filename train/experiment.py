@@ -1,0 +1,156 @@
+"""From a configuration to all that a run needs, built once and never changed."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+import feather_jax as feather
+from feather_jax.masks import path_name, prunable_leaves
+from train import config as config_lib
+from train import data as data_lib
+from train import models
+from train.churn import all_kept
+from train.config import Config, Steps
+from train.errors import UserError
+from train.optimizer import learning_rate, make_optimizer
+from train.step import Metrics, TrainState, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a configuration means.
+
+    Attributes:
+      config: the configuration.
+      steps: its durations in updates.
+      data: the data set, as this process sees it.
+      model: the network.
+      prunable: which parameters may be pruned, a pytree of bools.
+      prune: Feather's hyperparameters; None for the dense twin.
+      initial_state: gives the state before the first update.
+      abstract_state: the shapes and dtypes of a state.
+      train_step: the bare training step, `train_step(state, batch, *, axis_name=None)`.
+      eval_step: the bare evaluation step, `eval_step(variables, batch, *, axis_name=None)`.
+    """
+
+    config: Config
+    steps: Steps
+    data: data_lib.DataSet
+    model: nn.Module
+    prunable: PyTree[bool]
+    prune: feather.Feather | None
+    initial_state: Callable[[], TrainState]
+    abstract_state: TrainState
+    train_step: Callable[..., tuple[TrainState, Metrics]]
+    eval_step: Callable[..., Metrics]
+
+
+def build(config: Config) -> Experiment:
+    """Opens the data set and builds the network, the optimiser and the steps.
+
+    Raises:
+      UserError: the parts of the configuration don't fit one another, or the data set is missing.
+    """
+    data = data_lib.load(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    steps = config_lib.steps(config, data.num_train)
+    dtype = jnp.dtype(config.compute_dtype)
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):
+        raise UserError(
+            "config.compute_dtype is 'float64', for which JAX_ENABLE_X64=1 must be in the "
+            "environment; set it, or choose 'float32'."
+        )
+    model = models.build(config.model, num_classes=data.num_classes, dtype=dtype)
+
+    def initial_variables() -> PyTree:
+        images = jnp.zeros((1, *data.image_shape), jnp.float32)
+        return model.init(jax.random.key(config.seed), images, train=False)
+
+    params = jax.eval_shape(initial_variables)["params"]
+    prunable = prunable_mask(params, config.exclude)
+    prune = None
+    if config.sparsity:
+        prune = feather.Feather(
+            sparsity=config.sparsity,
+            begin_step=steps.prune_begin,
+            end_step=steps.prune_end,
+            p=config.p,
+            theta=config.theta,
+            prunable=prunable,
+        )
+    tx = make_optimizer(config, steps, prune)
+
+    def initial_state() -> TrainState:
+        variables = initial_variables()
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=tx.init(variables["params"]),
+            kept=all_kept(prunable_leaves(variables["params"], prunable)) if prune else [],
+        )
+
+    # It runs once: LLVM's optimisations would take five times as long as they are worth.
+    unoptimised = {"xla_backend_optimization_level": 0}
+    options = unoptimised if jax.default_backend() == "cpu" else None
+    return Experiment(
+        config=config,
+        steps=steps,
+        data=data,
+        model=model,
+        prunable=prunable,
+        prune=prune,
+        initial_state=jax.jit(initial_state, compiler_options=options),
+        abstract_state=jax.eval_shape(initial_state),
+        train_step=make_train_step(
+            model,
+            tx,
+            prune,
+            learning_rate(config, steps),
+            data.train_preprocess,
+            seed=config.seed,
+            label_smoothing=config.label_smoothing,
+            accumulate_steps=config.accumulate_steps,
+        ),
+        eval_step=make_eval_step(model, data.eval_preprocess),
+    )
+
+
+def prunable_mask(params: PyTree, exclude: tuple[str, ...]) -> PyTree[bool]:
+    """Feather's default mask without the parameters whose whole path an expression matches.
+
+    Args:
+      params: the parameters, or their shapes.
+      exclude: regular expressions over paths such as `Dense_0/kernel`.
+
+    Raises:
+      UserError: an expression matches no prunable parameter, or nothing is left to prune.
+    """
+    default = feather.prunable_weights(params)
+    leaves = jax.tree_util.tree_leaves_with_path(default)
+    names = [path_name(path) for path, selected in leaves if selected]
+    for pattern in exclude:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise UserError(
+                f"config.exclude holds {pattern!r}, which matches no prunable parameter in full; "
+                f"the prunable ones are {', '.join(names)}."
+            )
+
+    def stays(name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in exclude)
+
+    if all(map(stays, names)):
+        raise UserError("config.exclude leaves nothing to prune; give fewer expressions.")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, selected: selected and not stays(path_name(path)), default
+    )
