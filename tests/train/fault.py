@@ -1,0 +1,31 @@
+"""The program, with a signal to itself: `python fault.py SIGKILL 20 --config ...`.
+
+It comes when the metrics of that step are read, or, for the step "end", when the last file is
+written.
+"""
+
+import signal
+import sys
+
+from train import cluster, loop, main, progress
+
+
+def send_at(signum: int, step: str) -> None:
+    """Sends `signum` to this process at `step`."""
+    if step == "end":
+        loop.write_json = lambda path, value: signal.raise_signal(signum)
+        return
+    read = progress.MetricsReader.read
+
+    def read_after_the_signal(self, number, metrics, evaluation=None):
+        if number == int(step):
+            signal.raise_signal(signum)
+        return read(self, number, metrics, evaluation)
+
+    progress.MetricsReader.read = read_after_the_signal
+
+
+if __name__ == "__main__":
+    cluster.HEARTBEAT_SECONDS = 10
+    send_at(signal.Signals[sys.argv[1]], sys.argv[2])
+    sys.exit(main.main(sys.argv[2:]))

@@ -1,0 +1,80 @@
+"""The compilation cache: where it lives, and that an unreadable entry is written anew."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from train import cache
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from jax import monitoring
+from train.cache import use_compilation_cache
+
+counts = {"/jax/compilation_cache/cache_hits": 0, "/jax/compilation_cache/cache_misses": 0}
+def count(name, **_):
+    if name in counts:
+        counts[name] += 1
+monitoring.register_event_listener(count)
+use_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+@jax.jit
+def the_program(x):
+    return jnp.sin(x) @ x
+
+assert float(the_program(jnp.ones((3, 3))).sum()) > 22
+print(*counts.values())
+"""
+
+
+def run(folder: pathlib.Path) -> tuple[int, int, str]:
+    """Hits, misses and stderr of a program that compiles `the_program`."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    environment |= {"XDG_CACHE_HOME": str(folder), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=environment,
+    )
+    hits, misses = map(int, done.stdout.split())
+    return hits, misses, done.stderr
+
+
+@pytest.mark.slow
+def test_unreadable_entries_are_deleted_and_rewritten(tmp_path):
+    run(tmp_path)
+    entries = sorted((tmp_path / "feather_jax" / "xla").glob("jit_the_program-*-cache"))
+    whole = [entry.read_bytes() for entry in entries]
+    assert entries
+    for damaged in (b"", b"garbage", None):  # None cuts an entry in the middle
+        for entry, data in zip(entries, whole, strict=True):
+            entry.write_bytes(data[: len(data) // 2] if damaged is None else damaged)
+        hits_before, misses, stderr = run(tmp_path)
+        assert misses == len(entries)
+        assert stderr == ""
+        assert all(entry.stat().st_size > 100 for entry in entries)
+    hits, misses, stderr = run(tmp_path)
+    assert (hits - hits_before, misses, stderr) == (len(entries), 0, "")
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file") == (0, 0, "")
+
+
+def test_it_is_in_the_users_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert cache.user_cache() == tmp_path / "elsewhere"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache.user_cache() == tmp_path / ".cache"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.user_cache() == tmp_path / ".cache"

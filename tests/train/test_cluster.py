@@ -1,0 +1,43 @@
+"""A process joins what it is told to, or what JAX detects, or runs alone and says so."""
+
+import pytest
+
+from train import cluster
+from train.errors import UserError
+
+
+def test_on_a_plain_machine_it_is_alone_and_says_so():
+    assert cluster.join(None, None, None) == (
+        "Running in one process (no cluster detected) on 8 x cpu."
+    )
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_launcher_of_one_task_is_no_cluster(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(cluster, "_initialize", lambda **given: pytest.fail("joined"))
+    assert "no cluster detected" in cluster.join(None, None, None)
+
+
+@pytest.mark.parametrize("given", [("host:1", None, None), (None, 2, 1), ("host:1", 2, None)])
+def test_the_three_flags_go_together(given):
+    with pytest.raises(UserError, match="together, or none of them"):
+        cluster.join(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("host", 2, 0), "--coordinator_address is 'host'"),
+        (("host:", 2, 0), "--coordinator_address is 'host:'"),
+        (("host:0", 2, 0), "'host:0'"),
+        (("host:65536", 2, 0), "'host:65536'"),
+        (("host:http", 2, 0), "'host:http'"),
+        (("host:1", 2, 2), "--process_id is 2 and --num_processes 2"),
+        (("host:1", 2, -1), "--process_id is -1"),
+        (("host:1", 0, 0), "--num_processes 0"),
+    ],
+)
+def test_a_wrong_flag_is_named(given, message):
+    with pytest.raises(UserError, match=message):
+        cluster.join(*given)

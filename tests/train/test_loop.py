@@ -1,0 +1,233 @@
+"""Whole runs on real digits: what they write, in which order, and that restarts change nothing."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import feather_jax as feather
+from train import checkpoint, experiment, loop, parallel, progress
+from train import config as config_lib
+from train.errors import UserError
+from train.evaluate import evaluate
+
+TINY = {
+    "data": {"name": "digits", "mean": [0.305], "std": [0.376], "crop_padding": 1},
+    "model": {"name": "resnet8", "widths": [4, 8]},
+    "batch_size": 64,
+    "epochs": 2.0,
+    "learning_rate": 0.1,
+    "sparsity": 0.9,
+    "log_every_steps": 4,
+    "checkpoint_every_steps": 15,
+}
+STEPS = 2 * (1437 // 64)
+
+
+def config(**changes):
+    return config_lib.parse(TINY | changes)
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def lasting(record):
+    """A record without what depends on the clock."""
+    return {key: value for key, value in record.items() if key != "examples_per_second"}
+
+
+def weights(workdir, built):
+    """The newest checkpoint's weights."""
+    state, _ = checkpoint.restore(workdir / "checkpoints", built.abstract_state)
+    return state
+
+
+class Crash(Exception):
+    """What ends a run in the middle."""
+
+
+def crash_at(step, monkeypatch):
+    def check_finite(number, values, last_finite):
+        if number == step:
+            raise Crash
+
+    monkeypatch.setattr(progress, "check_finite", check_finite)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, loop.run(config(), workdir, say=lambda line: None)
+
+
+def test_the_workdir_holds_what_the_contract_says(finished):
+    workdir, summary = finished
+    present = {path.name for path in workdir.iterdir()}
+    assert present >= {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "curves.png",
+        "tensorboard",
+    }
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert set(summary) >= {
+        "steps",
+        "parameters",
+        "prunable",
+        "nonzero",
+        "sparsity",
+        "eval/accuracy",
+        "eval/loss",
+        "eval/examples",
+        "wall_seconds",
+    }
+    assert summary["steps"] == STEPS
+    assert summary["eval/examples"] == 360
+    assert config_lib.parse(json.loads((workdir / "config.json").read_text())) == config()
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_finalised_model_has_the_exact_sparsity(finished):
+    _, summary = finished
+    zeros = int(np.floor((summary["prunable"] - 1) * 0.9)) + 1
+    assert summary["nonzero"] == summary["prunable"] - zeros
+    assert summary["sparsity"] == pytest.approx(zeros / summary["prunable"], abs=1e-12)
+
+
+def test_metrics_are_logged_once_in_order_with_what_was_used(finished):
+    logged = records(finished[0])
+    steps = [record["step"] for record in logged]
+    evaluated = [record["step"] for record in logged if "eval/accuracy" in record]
+    assert steps == sorted({*range(4, STEPS + 1, 4), 22, 44})
+    assert evaluated == [22, 44]
+    prune = feather.Feather(sparsity=0.9, end_step=22)
+    for record in logged:
+        assert record["epoch"] == pytest.approx(record["step"] / 22)
+        assert record["sparsity"] == pytest.approx(float(prune.sparsity_at(record["step"] - 1)))
+        cosine = 0.05 * (1 + np.cos(np.pi * (record["step"] - 1) / STEPS))
+        assert record["learning_rate"] == pytest.approx(cosine, rel=1e-4)
+        assert {"train/loss", "train/accuracy", "threshold"} <= set(record)
+    assert any("examples_per_second" in record for record in logged)
+
+
+def test_accuracy_is_a_multiple_of_one_in_360(finished):
+    for record in records(finished[0]):
+        if "eval/accuracy" in record:
+            assert record["eval/examples"] == 360
+            right = record["eval/accuracy"] * 360
+            assert right == pytest.approx(round(right), abs=1e-9)
+
+
+def test_a_second_start_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
+    """Stopped after the checkpoint at step 15 and started again: as if never stopped."""
+    built = experiment.build(config())
+
+    crash_at(18, monkeypatch)
+    with pytest.raises(Crash):
+        loop.run(config(), tmp_path / "run", say=lambda line: None)
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    lines = []
+    summary = loop.run(config(), tmp_path / "run", say=lines.append)
+    assert "Going on after step 15" in lines[0]
+    again, before = weights(tmp_path / "run", built), weights(finished[0], built)
+    jax.tree.map(np.testing.assert_array_equal, again, before)
+    assert list(map(lasting, records(tmp_path / "run"))) == list(map(lasting, records(finished[0])))
+    different = {key for key in summary if summary[key] != finished[1][key]}
+    assert different <= {"wall_seconds"}
+
+
+def test_the_dense_twin_keeps_every_weight(tmp_path):
+    summary = loop.run(config(sparsity=0.0, epochs=0.2), tmp_path / "run", say=lambda line: None)
+    assert summary["nonzero"] == summary["prunable"]
+    assert all("threshold" not in record for record in records(tmp_path / "run"))
+
+
+def test_nothing_is_transferred_unasked(tmp_path, monkeypatch):
+    """The whole loop, evaluation and checkpoints included, under a transfer guard."""
+    unguarded = loop.train
+
+    def train(*args):
+        with jax.transfer_guard("disallow"):
+            return unguarded(*args)
+
+    monkeypatch.setattr(loop, "train", train)
+    loop.run(config(), tmp_path / "run", say=lambda line: None)
+
+
+def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatch):
+    """At most two steps in flight: dispatch 1, dispatch 2, read 1, dispatch 3, read 2, ..."""
+    events = []
+    on_all_devices, device_get = parallel.on_all_devices, jax.device_get
+
+    def recording(step, *, donate_state):
+        compiled = on_all_devices(step, donate_state=donate_state)
+
+        def call(*args):
+            if donate_state:
+                events.append("dispatch")
+            return compiled(*args)
+
+        return call
+
+    def reading(tree):
+        if isinstance(tree, dict) and "train/loss" in tree:
+            events.append("read")
+        return device_get(tree)
+
+    monkeypatch.setattr(parallel, "on_all_devices", recording)
+    monkeypatch.setattr(jax, "device_get", reading)
+    crash_at(11, monkeypatch)
+    with pytest.raises(Crash):
+        loop.run(config(), tmp_path / "run", say=lambda line: None)
+    assert events == ["dispatch", *["dispatch", "read"] * 11]
+
+
+@pytest.mark.parametrize("batch_size", [8, 64, 400, 1432])
+def test_evaluation_covers_every_example_once(batch_size):
+    """Whatever the batch: 360 examples, and the same number right, counted without batches."""
+    built = experiment.build(config(batch_size=batch_size))
+    mesh = parallel.device_mesh()
+    state = built.initial_state()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    images = np.concatenate(
+        [batch["image"][batch["mask"]] for batch in experiment.build(config()).data.eval_batches()]
+    )
+    labels = np.concatenate(
+        [batch["label"][batch["mask"]] for batch in experiment.build(config()).data.eval_batches()]
+    )
+    logits = built.model.apply(variables, built.data.eval_preprocess(images), train=False)
+    right = int(np.sum(np.argmax(logits, -1) == labels))
+    eval_step = parallel.on_all_devices(built.eval_step, donate_state=False)
+    result = evaluate(eval_step, parallel.replicate(variables, mesh), built.data, mesh)
+    assert result["eval/examples"] == 360
+    assert result["eval/accuracy"] * 360 == pytest.approx(right, abs=1e-9)
+
+
+def test_excluded_parameters_stay_dense(tmp_path):
+    """The head and the stem keep every weight, and the others make up the sparsity."""
+    excluding = config(exclude=["head/kernel", "stem/.*"], epochs=0.2, sparsity=0.5)
+    built = experiment.build(excluding)
+    params = built.prune.finalize(built.initial_state().params)
+    layers = {layer.name: layer for layer in feather.summarize(params).layers}
+    assert layers["head/kernel"].nonzero == layers["head/kernel"].weights
+    assert layers["stem/kernel"].nonzero == layers["stem/kernel"].weights
+    pruned = feather.summarize(params, prunable=built.prunable)
+    assert pruned.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert pruned.prunable < feather.summarize(params).prunable
+
+
+def test_an_exclusion_that_matches_nothing_is_an_error():
+    with pytest.raises(UserError, match=r"'Dense_0/kernel'.*matches no prunable.*head/kernel"):
+        experiment.build(config(exclude=["Dense_0/kernel"]))
+
+
+def test_a_batch_that_devices_cannot_share_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"batch_size is 60.*multiple of 8"):
+        loop.run(config(batch_size=60), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,298 @@
+"""The saved states of a run: Orbax, with a digest of every leaf that Orbax does not check."""
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from train import parallel
+from train.errors import StorageError, UserError, writing
+from train.step import TrainState
+
+ARRAYS = ("variables", "optimizer")
+"""A checkpoint's items of arrays: the dense weights with the running statistics, and the rest."""
+
+_STEP = "optimizer/step"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class Checkpoints:
+    """Where a run saves its states.
+
+    A checkpoint has the items of `ARRAYS`, and `info`, which is JSON: the digests, and what the
+    caller adds. Saving is asynchronous: what goes wrong shows at the next call.
+
+    Args:
+      directory: the folder; made if need be. What an unfinished save left there is removed.
+      keep: how many of the newest are kept.
+
+    Raises:
+      StorageError: the folder cannot be written.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int):
+        self._directory, self._keep = directory.resolve(), keep
+        self._saving: int | None = None
+        self._open()
+
+    def _open(self) -> None:
+        with writing(self._directory):
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=self._keep,
+                    enable_async_checkpointing=True,
+                    cleanup_tmp_directories=True,
+                ),
+            )
+
+    def save(self, state: TrainState, info: dict[str, Any]) -> None:
+        """Begins to save `state` under its step, once the one before is on disk.
+
+        Raises:
+          StorageError: this one, or the one before, could not be written. Those that were whole
+            still are, and the next call tries again.
+          UserError: the state holds NaN or infinity, or Orbax refused to save it.
+        """
+        # A copy: on CPU, device_get gives a view of what the next step overwrites.
+        items = jax.tree.map(np.array, jax.device_get(_items(state)))
+        leaves = named_leaves(items)
+        check_finite(leaves)
+        step = int(leaves[_STEP])
+        arguments = ocp.args.Composite(
+            info=ocp.args.JsonSave(info | {"digests": digests(leaves)}),
+            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+        )
+        self.wait()
+        self._saving = step
+        if not self._written(lambda: self._manager.save(step, args=arguments)):
+            raise UserError(
+                f"The checkpoint of step {step} was refused: {self._directory} holds a later one, "
+                "which another run must have written; give each run its own --workdir."
+            )
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          StorageError: it could not be written.
+        """
+        self._written(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits until what was saved is on disk, and ends Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _written(self, action: Callable[[], Any]) -> Any:
+        """`action()`, and where it fails a manager that knows nothing of the failed save."""
+        try:
+            return action()
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+            if jax.process_count() == 1:
+                self._open()
+            raise StorageError(
+                f"The checkpoint of step {self._saving} could not be written to "
+                f"{self._directory} ({_reason(error)}); make room there."
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+      leaves: its arrays by name, `variables/params/head/kernel` for one, in host memory.
+      info: what it was saved with.
+      passed_over: newer ones that are damaged, a step and a reason each.
+    """
+
+    leaves: dict[str, np.ndarray]
+    info: dict[str, Any]
+    passed_over: dict[int, str]
+
+
+def newest(directory: pathlib.Path, items: Sequence[str] = ARRAYS) -> Restored | None:
+    """The newest checkpoint that is whole, on all processes; None if nothing was saved.
+
+    Nothing is written, and nothing that a file names is imported or unpickled.
+
+    Args:
+      directory: the folder of checkpoints.
+      items: which of `ARRAYS` are read.
+
+    Raises:
+      UserError: there are checkpoints, and none is whole.
+    """
+    directory = directory.resolve()  # Orbax wants absolute paths
+    steps = [int(path.name) for path in _listed(directory) if path.name.isdecimal()]
+    passed_over: dict[int, str] = {}
+    while True:
+        left = [step for step in steps if step not in passed_over]
+        step = parallel.gather(max(left, default=-1))[0]
+        if step < 0:
+            break
+        found: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
+        reason = "another process cannot read it"
+        try:
+            found = read(directory / str(step), items)
+        except Damaged as damage:
+            reason = str(damage)
+        if all(parallel.gather(found is not None)) and found is not None:
+            return Restored(*found, passed_over)
+        passed_over[step] = reason
+    if not passed_over:
+        return None
+    step, reason = next(iter(passed_over.items()))
+    raise UserError(
+        f"No checkpoint in {directory} is whole (the newest, of step {step}: {reason}); nothing "
+        "was changed: bring back a copy, or give a new --workdir."
+    )
+
+
+def restore(directory: pathlib.Path, like: TrainState) -> tuple[TrainState, Restored] | None:
+    """The state in the newest checkpoint that is whole; None if nothing was saved.
+
+    Args:
+      directory: the folder of checkpoints.
+      like: a state of the structure, shapes and dtypes that are wanted.
+
+    Returns:
+      The state, in host memory, and the checkpoint.
+
+    Raises:
+      UserError: none is whole, or it is another model's.
+    """
+    found = newest(directory)
+    if found is None:
+        return None
+    wanted = named_leaves(_items(like))
+    for name in wanted.keys() ^ found.leaves.keys():
+        has, lacks = ("model", "checkpoint") if name in wanted else ("checkpoint", "model")
+        raise UserError(
+            f"The newest checkpoint in {directory} is another model's: {name} is in the {has} and "
+            f"not in the {lacks}; give a new --workdir."
+        )
+    for name, leaf in wanted.items():
+        was = found.leaves[name]
+        if (was.shape, was.dtype) != (leaf.shape, leaf.dtype):
+            raise UserError(
+                f"The newest checkpoint in {directory} is another model's: {name} is "
+                f"{was.dtype}{list(was.shape)} there and {leaf.dtype}{list(leaf.shape)} in the "
+                "model; give a new --workdir."
+            )
+    leaves = [found.leaves[name] for name in wanted]
+    items = jax.tree.unflatten(jax.tree.structure(_items(like)), leaves)
+    return TrainState(**items["variables"], **items["optimizer"]), found
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved, and why."""
+
+
+def read(
+    checkpoint: pathlib.Path, items: Sequence[str] = ARRAYS
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of one checkpoint by name, and its info; on one process, without the others.
+
+    Raises:
+      Damaged: it is not whole, or not what was saved.
+    """
+    for item in ("info", *items):
+        if not (checkpoint / item).is_dir():
+            raise Damaged(f"it has no {item}")
+    leaves: dict[str, np.ndarray] = {}
+    try:
+        info = ocp.JsonCheckpointHandler().restore(checkpoint / "info")
+        saved = {name: int(digest) for name, digest in info["digests"].items()}
+        for item in items:
+            leaves |= named_leaves({item: _read_arrays(checkpoint / item)})
+    except Exception as error:  # of many types: damage meets Orbax, TensorStore, JSON and us
+        raise Damaged(f"it cannot be read: {_reason(error)}") from error
+    found = digests(leaves)
+    for name in saved | found:
+        if name.split("/")[0] in items and saved.get(name) != found.get(name):
+            raise Damaged(f"{name} is not what was saved, by its CRC-32")
+    if str(leaves.get(_STEP, checkpoint.name)) != checkpoint.name:
+        raise Damaged(f"it is of step {leaves[_STEP]}")
+    return leaves, info
+
+
+def _read_arrays(item: pathlib.Path) -> PyTree[np.ndarray]:
+    """Nested dicts and lists, read by Orbax's handler without a barrier between processes."""
+    handler = ocp.PyTreeCheckpointHandler()
+    structure = handler.metadata(item).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+    return handler.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def unfinished(directory: pathlib.Path) -> list[str]:
+    """The names of saves that were not finished."""
+    return [path.name for path in _listed(directory) if _UNFINISHED in path.name]
+
+
+def set_aside(directory: pathlib.Path, steps: Sequence[int]) -> pathlib.Path:
+    """Moves checkpoints out of the way of new ones; returns the folder to which.
+
+    Raises:
+      StorageError: they cannot be moved.
+    """
+    aside = directory.with_name(f"{directory.name}.damaged")
+    with writing(aside):
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            names = (f"{step}.{number}" if number else f"{step}" for number in range(10**6))
+            free = next(aside / name for name in names if not (aside / name).exists())
+            (directory / str(step)).rename(free)
+    return aside
+
+
+def digests(leaves: dict[str, np.ndarray]) -> dict[str, int]:
+    """A CRC-32 of every array's bytes."""
+
+    def digest(leaf: np.ndarray) -> int:
+        return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+
+    return {name: digest(leaf) for name, leaf in leaves.items()}
+
+
+def check_finite(leaves: dict[str, np.ndarray]) -> None:
+    """Raises UserError if an array holds NaN or infinity, so that it is never saved."""
+    for name, leaf in leaves.items():
+        if not np.isfinite(leaf).all():
+            raise UserError(
+                f"{name} became NaN or infinite before step {int(leaves[_STEP])} was saved; the "
+                "checkpoints before it are kept: try a lower config.learning_rate, a longer "
+                "config.warmup_epochs or a smaller config.clip_norm, in a new --workdir."
+            )
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their paths, such as `variables/params/head/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    return {
+        "variables": {"params": state.params, "batch_stats": state.batch_stats},
+        "optimizer": {"opt_state": state.opt_state, "step": state.step, "kept": state.kept},
+    }
+
+
+def _listed(directory: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, cut where it is long."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 200 else f"{lines[0][:197]}..."

@@ -1,0 +1,206 @@
+"""A run from its first step to its last file, from wherever an earlier start left it."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+import feather_jax as feather
+from feather_jax.masks import prunable_leaves
+from train import checkpoint, curves, experiment, model_file, parallel, report
+from train.checkpoint import Checkpoints
+from train.churn import mask_churn
+from train.compare import Run
+from train.config import Config
+from train.errors import StorageError, writing
+from train.evaluate import evaluate
+from train.experiment import Experiment
+from train.init_from import with_variables_of
+from train.metrics import MetricsLog, Record, write_json
+from train.progress import Clock, MetricsReader
+from train.signals import Interrupted, Interruption
+from train.step import Metrics, TrainState
+from train.workdir import check_same_run, clear_damage, open_workdir
+
+
+def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = print) -> Record:
+    """Trains, from the newest checkpoint in `workdir` if there is one, and writes the results.
+
+    Args:
+      config: the experiment.
+      workdir: its folder; DESIGN's contract says what is written there.
+      say: takes a line meant for people.
+
+    Returns:
+      What `summary.json` holds.
+
+    Raises:
+      UserError: the user's mistake, in one sentence.
+      Interrupted: a signal came; the state is saved.
+    """
+    clock, folder = Clock(), workdir / "checkpoints"
+    parallel.check_batch_size(config.batch_size, config.accumulate_steps)
+    check_same_run(config, workdir)
+    built = experiment.build(config)
+    mesh = parallel.device_mesh()
+    restored = checkpoint.restore(folder, built.abstract_state)
+    if restored is not None:
+        state, found = restored
+        clock.wall_before = found.info["wall_seconds"]
+        say(f"Going on after step {state.step} of {built.steps.total}.")
+    else:
+        state = built.initial_state()
+        if config.init_from:
+            state = with_variables_of(state, pathlib.Path(config.init_from), say)
+    open_workdir(workdir, config, state)
+    with contextlib.ExitStack() as stack:
+        log = None
+        if parallel.is_first():
+            log = stack.enter_context(contextlib.closing(MetricsLog(workdir, int(state.step))))
+        clear_damage(folder, found.passed_over if restored else {}, say)
+        saved = Checkpoints(folder, config.keep_checkpoints)
+        stack.enter_context(contextlib.closing(saved))
+        interruption = stack.enter_context(Interruption())
+        state = parallel.replicate(state, mesh)
+        state = train(built, state, mesh, log, saved, clock, interruption, say)
+        return finish(built, state, mesh, log, workdir, clock, say)
+
+
+def train(
+    built: Experiment,
+    state: TrainState,
+    mesh: Mesh,
+    log: MetricsLog | None,
+    checkpoints: Checkpoints,
+    clock: Clock,
+    interruption: Interruption,
+    say: Callable[[str], None],
+) -> TrainState:
+    """The loop: dispatches a step, then reads the metrics of the one before.
+
+    So the device always has a step to do while the host waits, and never more than two.
+    """
+    train_step = parallel.on_all_devices(built.train_step, donate_state=True)
+    eval_step = parallel.on_all_devices(built.eval_step, donate_state=False)
+    sparse_variables = jax.jit(lambda state: current_variables(built.prune, state))
+    config, steps = built.config, built.steps
+    first = int(state.step)
+    reader = MetricsReader(built, first, log, clock)
+    batches = built.data.train_batches(first)
+    unread: tuple[int, Metrics] | None = None
+
+    with contextlib.closing(reader), contextlib.closing(batches):
+        for step in range(first + 1, steps.total + 1):
+            state, metrics = train_step(state, parallel.shard(next(batches), mesh))
+            if unread is not None:
+                reader.read(*unread)
+            unread = step, metrics
+            stopping, last = interruption.reached(step), step == steps.total
+            evaluating = last or step % steps.eval_every == 0
+            saving = last or stopping or step % config.checkpoint_every_steps == 0
+            if evaluating or saving:
+                evaluation = None
+                if evaluating:
+                    variables = sparse_variables(state)
+                    evaluation = evaluate(eval_step, variables, built.data, mesh)
+                    if built.prune is not None:
+                        weights = prunable_leaves(variables["params"], built.prunable)
+                        churn, kept = mask_churn(state.kept, weights)
+                        state, evaluation["mask_churn"] = (
+                            dataclasses.replace(state, kept=kept),
+                            churn,
+                        )
+                reader.read(step, metrics, evaluation)
+                unread = None
+                clock.pause()
+            if saving:
+                save(checkpoints, state, log, clock, say, or_stop=last or stopping > 0)
+            if stopping:
+                raise Interrupted(stopping, step)
+    return state
+
+
+def save(
+    checkpoints: Checkpoints,
+    state: TrainState,
+    log: MetricsLog | None,
+    clock: Clock,
+    say: Callable[[str], None],
+    *,
+    or_stop: bool,
+) -> None:
+    """Saves the state after the metrics that led to it.
+
+    Where there is no room, training goes on, and the next checkpoint is tried again.
+
+    Raises:
+      StorageError: it was not written, and `or_stop` says that it has to be, or the other
+        processes wait.
+      UserError: the state is not finite.
+    """
+    try:
+        if log is not None:
+            log.sync()
+        checkpoints.save(state, {"wall_seconds": clock.wall_seconds()})
+        if or_stop:
+            checkpoints.wait()
+    except StorageError as error:
+        if or_stop or jax.process_count() > 1:
+            raise
+        say(f"{error} Training goes on, and the next checkpoint is tried again.")
+
+
+def current_variables(prune: feather.Feather | None, state: TrainState) -> PyTree:
+    """The variables as the model is evaluated after an update: sparsified at its sparsity."""
+    params = state.params
+    if prune is not None:
+        last_update = jnp.maximum(state.step - 1, 0)
+        params = prune.sparsify(params, prune.threshold(params, last_update))
+    return {"params": params, "batch_stats": state.batch_stats}
+
+
+def finish(
+    built: Experiment,
+    state: TrainState,
+    mesh: Mesh,
+    log: MetricsLog | None,
+    workdir: pathlib.Path,
+    clock: Clock,
+    say: Callable[[str], None],
+) -> Record:
+    """Finalises the weights, evaluates them and writes what a finished run leaves."""
+    params = state.params if built.prune is None else jax.jit(built.prune.finalize)(state.params)
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    eval_step = parallel.on_all_devices(built.eval_step, donate_state=False)
+    evaluation = evaluate(eval_step, variables, built.data, mesh)
+    counts = feather.summarize(jax.device_get(params), prunable=built.prunable)
+    summary: dict[str, Any] = {
+        "steps": built.steps.total,
+        "parameters": counts.parameters,
+        "prunable": counts.prunable,
+        "nonzero": counts.nonzero,
+        "sparsity": counts.sparsity,
+        **evaluation,
+        "wall_seconds": clock.wall_seconds(),
+    }
+    if parallel.is_first():
+        model_file.save(workdir / "model.npz", built, variables, counts, evaluation)
+    if log is not None:
+        run = Run(workdir, built.config.as_dict(), summary, log.records)
+        report.write(run, jax.device_get(state.params))
+        title = f"{built.config.model['name']} on {built.data.name}, {counts.sparsity:.1%} sparse"
+        with writing(workdir):
+            curves.save(workdir / "curves.png", log.records, title)
+            write_json(workdir / "summary.json", summary)
+    say(f"\n{counts}")
+    say(
+        f"{evaluation['eval/accuracy']:.2%} of {evaluation['eval/examples']} evaluation examples "
+        f"right; {summary['wall_seconds']:.0f} s in all; everything is in {workdir}."
+    )
+    return summary
