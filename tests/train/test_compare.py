@@ -1,0 +1,134 @@
+"""Several runs side by side: what is averaged, what is drawn, and what is left out."""
+
+import json
+import pathlib
+
+import pytest
+
+from train import compare, program
+
+CONFIG = {
+    "data": {"name": "digits", "mean": [0.305], "std": [0.376]},
+    "model": {"name": "resnet8"},
+    "batch_size": 64,
+    "epochs": 1.0,
+    "learning_rate": 0.1,
+    "p": 3.0,
+    "sparsity": 0.0,
+    "seed": 0,
+}
+
+
+def write_run(workdir: pathlib.Path, accuracy: float, **config: object) -> pathlib.Path:
+    """A finished run of 1,000 prunable weights."""
+    workdir.mkdir(parents=True)
+    given = CONFIG | config
+    summary = {
+        "steps": 100,
+        "parameters": 1100,
+        "prunable": 1000,
+        "nonzero": round(1000 * (1 - float(str(given["sparsity"])))),
+        "sparsity": given["sparsity"],
+        "eval/accuracy": accuracy,
+        "eval/loss": 0.5,
+        "eval/examples": 10_000,
+        "wall_seconds": 90.0,
+    }
+    (workdir / "config.json").write_text(json.dumps(given))
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    (workdir / "metrics.jsonl").write_text('{"step": 100}\n')
+    (workdir / "model.npz").write_bytes(bytes(1500))
+    return workdir
+
+
+@pytest.fixture
+def sweep(tmp_path) -> list[pathlib.Path]:
+    """Two seeds at two sparsities and two exponents, and two dense runs, in no order."""
+    accuracies = {(3.0, 0.9): 0.9, (3.0, 0.99): 0.8, (1.0, 0.9): 0.7, (1.0, 0.99): 0.5}
+    workdirs = [
+        write_run(tmp_path / f"{p}_{sparsity}_{seed}", mean + d, p=p, sparsity=sparsity, seed=seed)
+        for (p, sparsity), mean in accuracies.items()
+        for seed, d in enumerate((-0.01, 0.01))
+    ]
+    for seed, accuracy in enumerate((0.94, 0.96)):
+        # p is nothing to a dense run, so that these two are alike.
+        name = f"dense_{seed}"
+        workdirs.insert(1, write_run(tmp_path / name, accuracy, seed=seed, p=1.0 + 2 * seed))
+    return workdirs
+
+
+def test_runs_that_differ_in_their_seed_are_one_point(sweep):
+    points = compare.points([compare.read_run(workdir) for workdir in sweep])
+    found = {(point.label, point.sparsity): point for point in points}
+    assert list(found) == [
+        *[("dense", 0.0), ("p = 1", 0.9), ("p = 1", 0.99)],
+        *[("p = 3", 0.9), ("p = 3", 0.99)],
+    ]
+    assert all(len(point.runs) == 2 for point in points)
+    assert found["dense", 0.0].accuracy == pytest.approx(0.95)
+    assert found["p = 3", 0.9].accuracy == pytest.approx(0.9)
+    assert found["p = 1", 0.99].left == pytest.approx(0.01)
+
+
+def test_the_table_has_mean_and_spread(sweep):
+    table = compare.table([compare.read_run(workdir) for workdir in sweep]).splitlines()
+    assert " ".join(table[2].split()) == "dense 0 1 95.00% 2.00% 2 1.5 kB 1 min 30 s"
+    assert " ".join(table[-1].split()) == "p = 3 0.99 100 80.00% 2.00% 2 1.5 kB 1 min 30 s"
+    assert len(table) == 2 + 5
+
+
+def test_the_picture_has_a_line_a_group_and_the_dense_runs_as_a_level(sweep):
+    axes = compare.figure([compare.read_run(workdir) for workdir in sweep]).axes[0]
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().texts] == ["dense", "p = 1", "p = 3"]
+    lines = {str(line.get_label()): line for line in axes.lines}
+    assert list(lines["dense"].get_ydata()) == pytest.approx([0.95, 0.95])
+    (container,) = [c for c in axes.containers if c.get_label() == "p = 3"]
+    data, _, (bars,) = container
+    assert list(data.get_xdata()) == pytest.approx([0.1, 0.01])
+    assert list(data.get_ydata()) == pytest.approx([0.9, 0.8])
+    ends = [sorted(segment[:, 1]) for segment in bars.get_segments()]
+    assert ends == [pytest.approx([0.89, 0.91]), pytest.approx([0.79, 0.81])]
+
+
+def test_models_and_data_sets_are_told_apart(tmp_path):
+    runs = [
+        compare.read_run(write_run(tmp_path / name, 0.9, sparsity=0.9, model={"name": name}))
+        for name in ("resnet8", "lenet5")
+    ]
+    assert [point.label for point in compare.points(runs)] == ["lenet5", "resnet8"]
+    assert [point.label for point in compare.points(runs[:1])] == ["sparse"]
+
+
+def test_the_program_writes_a_page_markdown_and_a_picture(sweep, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [*map(str, sweep), "--out", str(out)]
+    assert program.run(lambda: compare.main(arguments)) == 0
+    assert "p = 3" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"compare.html", "compare.md", "compare.png"}
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "| p = 3 | 0.99 | 100 | 80.00% | 2.00% | 2 |" in (out / "compare.md").read_text()
+    page = (out / "compare.html").read_text()
+    assert page.count("<svg") == 1
+    assert str(sweep[0]) in page
+
+
+def test_what_is_no_finished_run_is_left_out_and_named(sweep, tmp_path, capsys):
+    unfinished = write_run(tmp_path / "unfinished", 0.9)
+    (unfinished / "summary.json").unlink()
+    torn = write_run(tmp_path / "torn", 0.9)
+    (torn / "summary.json").write_text('{"steps": 1')
+    poor = write_run(tmp_path / "poor", 0.9)
+    (poor / "summary.json").write_text('{"steps": 1}')
+    strange = write_run(tmp_path / "strange", 0.9, model="resnet8")
+    bad = [unfinished, torn, poor, strange, tmp_path / "absent"]
+    words = ["is not finished", "cannot be read", "lacks parameters", "config.model", "no run"]
+    assert program.run(lambda: compare.main([str(path) for path in [*sweep[:2], *bad]])) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(bad)
+    for line, workdir, word in zip(lines, bad, words, strict=True):
+        assert str(workdir) in line
+        assert word in line
+
+    assert program.run(lambda: compare.main([str(path) for path in bad])) == 2
+    assert "nothing to compare" in capsys.readouterr().err

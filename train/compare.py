@@ -1,0 +1,342 @@
+"""Puts runs side by side: python -m train.compare runs/dense runs/sparse --out comparison
+
+It prints a table, one row a run, and writes `compare.html`, `compare.md` and `compare.png`: the
+table and accuracy against the weights left, with the dense runs as a line. Runs that differ in
+their seed alone are one point, their mean, with a bar from the worst to the best.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from feather_jax.summary import format_table
+from train import config as config_lib
+from train import page, program
+from train.config import RESUMABLE
+from train.errors import UserError, writing
+from train.metrics import Record, read_records, write_atomically
+
+_SUMMARY = (
+    *("steps", "parameters", "prunable", "nonzero", "sparsity"),
+    *("eval/accuracy", "eval/loss", "eval/examples", "wall_seconds"),
+)
+
+# What makes no difference to what is compared, and what a dense run has no use for.
+_NOT_COMPARED = ("seed", "sparsity", *RESUMABLE)
+_PRUNING = ("prune_begin", "prune_end", "p", "theta", "exclude")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+      workdir: its folder.
+      config: what config.json holds.
+      summary: what summary.json holds.
+      records: of metrics.jsonl.
+    """
+
+    workdir: pathlib.Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    records: list[Record]
+
+    @property
+    def model_bytes(self) -> int:
+        """The size of model.npz; 0 if it is not there any more."""
+        path = self.workdir / "model.npz"
+        return path.stat().st_size if path.is_file() else 0
+
+    @property
+    def dense(self) -> bool:
+        """Whether it was trained without pruning."""
+        return not self.config["sparsity"]
+
+    @property
+    def left(self) -> float:
+        """The fraction of the prunable weights that is not zero; 1 for a dense run."""
+        return 1.0 if self.dense else self.summary["nonzero"] / self.summary["prunable"]
+
+    @property
+    def accuracy(self) -> float:
+        """Of the finalised model on the evaluation split."""
+        return self.summary["eval/accuracy"]
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """Reads a finished run.
+
+    Raises:
+      UserError: there is none, it is not finished, or a file of it is damaged.
+    """
+    config = _read_json(workdir / "config.json")
+    if config is None:
+        raise UserError(f"{workdir} holds no run; give the --workdir of a train.main.")
+    try:
+        config_lib.parse(config)
+    except UserError as error:
+        raise UserError(f"{workdir / 'config.json'} is damaged: {error}") from error
+    summary = _read_json(workdir / "summary.json")
+    records = read_records(workdir)
+    if summary is None:
+        step = records[-1]["step"] if records else 0
+        raise UserError(
+            f"{workdir} is not finished (its last line of metrics is of step {step}); start it "
+            "again to go on."
+        )
+    for name in _SUMMARY:
+        if type(summary.get(name)) not in (int, float):
+            raise UserError(f"{workdir / 'summary.json'} lacks {name}; bring back a copy.")
+    return Run(workdir, config, summary, records)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object in a file; None without the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); bring back a copy.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; bring back a copy.")
+    return value
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration with the fields of its mappings by dotted names, as on the command line."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields |= flat(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = value
+    return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+      label: what distinguishes them from the other points, beside the sparsity: "p = 1".
+      sparsity: the fraction of zeros that was asked for; 0 of dense runs.
+      runs: the runs.
+    """
+
+    label: str
+    sparsity: float
+    runs: tuple[Run, ...]
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [run.accuracy for run in self.runs]
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over the runs."""
+        return statistics.mean(self.accuracies)
+
+    @property
+    def left(self) -> float:
+        """The fraction of weights left, mean over the runs."""
+        return statistics.mean(run.left for run in self.runs)
+
+
+def points(runs: Sequence[Run]) -> list[Point]:
+    """The runs without their seeds: the dense ones first, then by label and sparsity.
+
+    Labels are made of the fields of the configuration in which the runs differ.
+    """
+    fields = [_compared(run) for run in runs]
+    differing = [
+        name
+        for name in dict.fromkeys(n for own in fields for n in own)
+        if _differs(name, runs, fields)
+    ]
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run, own in zip(runs, fields, strict=True):
+        parts = [_label(name, own[name]) for name in differing if name in own]
+        label = ", ".join(["dense", *parts] if run.dense else parts) or "sparse"
+        found.setdefault((label, run.config["sparsity"]), []).append(run)
+    ordered = sorted(found.items(), key=lambda item: (not item[1][0].dense, *item[0]))
+    return [Point(label, sparsity, tuple(alike)) for (label, sparsity), alike in ordered]
+
+
+def _compared(run: Run) -> dict[str, str]:
+    """The fields of a run's configuration that may tell it from another, as JSON."""
+    ignored = _NOT_COMPARED + (_PRUNING if run.dense else ())
+    kept = {name: value for name, value in run.config.items() if name not in ignored}
+    return {name: json.dumps(value) for name, value in flat(kept).items()}
+
+
+def _differs(name: str, runs: Sequence[Run], fields: Sequence[dict[str, str]]) -> bool:
+    """Whether runs that have a use for a field have different values in it."""
+    owners = [
+        o for run, o in zip(runs, fields, strict=True) if not (run.dense and name in _PRUNING)
+    ]
+    return len({own.get(name) for own in owners}) > 1
+
+
+def _label(name: str, value: str) -> str:
+    given = json.loads(value)
+    text = f"{given:g}" if isinstance(given, float) else str(given)
+    return text if name in ("model.name", "data.name") else f"{name} = {text}"
+
+
+def rows(found: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """The points as a table's headings and rows of text."""
+    headers = [
+        "runs",
+        "sparsity",
+        "1 weight in",
+        "accuracy",
+        "spread",
+        "seeds",
+        "model.npz",
+        "time",
+    ]
+    lines = []
+    for point in found:
+        sizes = [run.model_bytes for run in point.runs if run.model_bytes]
+        several = len(point.runs) > 1
+        lines.append(
+            [
+                point.label,
+                f"{point.sparsity:.4g}",
+                f"{1 / point.left:.3g}" if point.left else "-",
+                f"{point.accuracy:.2%}",
+                f"{max(point.accuracies) - min(point.accuracies):.2%}" if several else "",
+                str(len(point.runs)),
+                page.size(statistics.mean(sizes)) if sizes else "",
+                page.duration(statistics.mean(run.summary["wall_seconds"] for run in point.runs)),
+            ]
+        )
+    return headers, lines
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The runs as a table for a terminal, a row for those that differ in their seed alone."""
+    return format_table(*rows(points(runs)))
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """The same in Markdown."""
+    headers, lines = rows(points(runs))
+    rule = ["---"] + ["--:"] * (len(headers) - 1)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *lines])
+
+
+def figure(runs: Sequence[Run]) -> Figure:
+    """Accuracy against the weights left, on a log scale; means, with bars from worst to best."""
+    picture = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = picture.subplots()
+    found = points(runs)
+    colors = (f"C{number}" for number in itertools.count())
+    for point in (point for point in found if not point.sparsity):
+        _draw_dense(axes, point, next(colors))
+    sparse = [point for point in found if point.sparsity]
+    for label in dict.fromkeys(point.label for point in sparse):
+        _draw_line(axes, [point for point in sparse if point.label == label], next(colors))
+    axes.set(xscale="log", xlabel="prunable weights left", ylabel="accuracy")
+    if sparse:
+        axes.set_xticks(sorted({round(1 - point.sparsity, 12) for point in sparse}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * left:.3g} %"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.invert_xaxis()
+    axes.legend()
+    return picture
+
+
+def _draw_dense(axes: Axes, point: Point, color: str) -> None:
+    axes.axhline(point.accuracy, color=color, linestyle="--", label=point.label)
+    if len(point.runs) > 1:
+        axes.axhspan(min(point.accuracies), max(point.accuracies), color=color, alpha=0.15, lw=0)
+
+
+def _draw_line(axes: Axes, line: Sequence[Point], color: str) -> None:
+    means = [point.accuracy for point in line]
+    below = [point.accuracy - min(point.accuracies) for point in line]
+    above = [max(point.accuracies) - point.accuracy for point in line]
+    axes.errorbar(
+        [point.left for point in line],
+        means,
+        yerr=[below, above] if any(len(point.runs) > 1 for point in line) else None,
+        color=color,
+        marker="o",
+        capsize=3,
+        label=line[0].label,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table and, with --out, writes the comparison; names what is left out."""
+    parser = program.ArgumentParser("train.compare", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("workdirs", type=pathlib.Path, nargs="+", help="of finished runs")
+    parser.add_argument("--out", type=pathlib.Path, help="a folder, made if need be")
+    arguments = parser.parse_args(argv)
+    runs = []
+    for workdir in arguments.workdirs:
+        try:
+            runs.append(read_run(workdir))
+        except UserError as error:
+            print(f"Left out: {error}", file=sys.stderr)
+    if not runs:
+        raise UserError("There is nothing to compare; give workdirs of finished runs.")
+    print(table(runs))
+    if arguments.out is not None:
+        write(arguments.out, runs)
+
+
+def write(folder: pathlib.Path, runs: Sequence[Run]) -> None:
+    """Writes `compare.html`, `compare.md` and `compare.png`.
+
+    Raises:
+      StorageError: the folder cannot be written.
+    """
+    with page.style(page.SERIES):
+        picture = page.inline_svg(figure(runs), "accuracy", _describe(runs))
+    headers, lines = rows(points(runs))
+    text = page.render(
+        "compare.html", title=_title(runs), picture=picture, headers=headers, rows=lines, runs=runs
+    )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        figure(runs).savefig(folder / "compare.png", dpi=150)
+        write_atomically(folder / "compare.html", text)
+        picture_line = f"![{_describe(runs)}](compare.png)"
+        write_atomically(
+            folder / "compare.md", f"# {_title(runs)}\n\n{markdown(runs)}\n\n{picture_line}\n"
+        )
+
+
+def _title(runs: Sequence[Run]) -> str:
+    def names(field: str) -> str:
+        return " and ".join(dict.fromkeys(run.config[field]["name"] for run in runs))
+
+    return f"{names('model')} on {names('data')}"
+
+
+def _describe(runs: Sequence[Run]) -> str:
+    """The picture in words."""
+    lines: dict[str, list[str]] = {}
+    for point in points(runs):
+        where = f" at {point.left:.3g}" if point.sparsity else ""
+        lines.setdefault(point.label, []).append(f"{point.accuracy:.2%}{where}")
+    texts = (f"{label}: {', '.join(values)}" for label, values in lines.items())
+    return f"Accuracy against the fraction of weights left. {'; '.join(texts)}."
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(lambda: main(sys.argv[1:])))

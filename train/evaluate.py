@@ -1,0 +1,127 @@
+"""Evaluates a model file: python -m train.evaluate --model runs/digits/model.npz"""
+
+import math
+import pathlib
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from train import data as data_lib
+from train import model_file, parallel, program
+from train.cache import use_compilation_cache
+from train.data import DataSet
+from train.errors import UserError
+from train.model_file import SavedModel
+from train.step import make_eval_step
+
+
+def evaluate(
+    eval_step: Callable[..., Any], variables: PyTree, data: DataSet, mesh: Mesh
+) -> dict[str, float]:
+    """The loss, the accuracy and the number of examples of the evaluation split, each taken once.
+
+    Args:
+      eval_step: `train.step.make_eval_step`'s, through `train.parallel.on_all_devices`.
+      variables: the network's variables, replicated over the mesh.
+      data: the data set.
+      mesh: all devices.
+
+    Returns:
+      `eval/loss` (the mean, in nats), `eval/accuracy` and `eval/examples`.
+    """
+    totals = {"loss": 0.0, "correct": 0, "examples": 0}
+
+    def add(sums: dict[str, jax.Array]) -> None:
+        for name, value in jax.device_get(sums).items():
+            totals[name] += value.item()
+
+    in_flight: deque[dict[str, jax.Array]] = deque()
+    for batch in data.eval_batches():
+        in_flight.append(eval_step(variables, parallel.shard(batch, mesh)))
+        if len(in_flight) == 2:
+            add(in_flight.popleft())
+    while in_flight:
+        add(in_flight.popleft())
+    return {
+        "eval/loss": totals["loss"] / totals["examples"],
+        "eval/accuracy": totals["correct"] / totals["examples"],
+        "eval/examples": totals["examples"],
+    }
+
+
+def evaluate_model(model: SavedModel, data: DataSet) -> dict[str, float]:
+    """What `evaluate` gives for a model file, on all devices."""
+    mesh = parallel.device_mesh()
+    eval_step = make_eval_step(model.network, data.eval_preprocess)
+    return evaluate(
+        parallel.on_all_devices(eval_step, donate_state=False),
+        parallel.replicate(model.variables, mesh),
+        data,
+        mesh,
+    )
+
+
+def open_data(model: SavedModel, name: str | None = None, data_dir: str | None = None) -> DataSet:
+    """The data set that a model was trained on, or another one, preprocessed as the model wants it.
+
+    Batches are the run's, or as little larger as the devices need to share them equally.
+
+    Args:
+      model: the model.
+      name: of another data set; None for the run's.
+      data_dir: where it is; None for where the run had it, "" for TFDS's default.
+
+    Raises:
+      UserError: there is no such data set, or it does not fit the model.
+    """
+    saved, size = model.metadata["data"], model.image_shape[0]
+    own = saved if name in (None, saved.get("name")) else {"name": name}
+    known = data_lib.KNOWN.get(str(own.get("name")))
+    if known is not None:
+        if own is not saved and known.shape is None:
+            own["image_size"] = size
+        has = known.shape or (size, size, 3), known.num_classes
+        wants = model.image_shape, model.metadata["num_classes"]
+        if has != wants:
+            raise UserError(
+                f"{model.path} takes images of {wants[0]} in {wants[1]} classes, and {own['name']} "
+                f"has {has[0]} in {has[1]}; choose a data set of the same shape."
+            )
+    given = {} if data_dir is None else {"data_dir": data_dir}
+    preprocessing = {key: model.metadata["preprocessing"][key] for key in ("mean", "std")}
+    devices = jax.device_count()
+    return data_lib.load(
+        {**own, **given, **preprocessing},
+        batch_size=math.ceil(model.metadata["batch_size"] / devices) * devices,
+        seed=0,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the accuracy of a model file beside the one that the file says it had."""
+    parser = program.ArgumentParser("train.evaluate", description=__doc__)
+    parser.add_argument("--model", type=pathlib.Path, required=True, help="a model.npz")
+    parser.add_argument("--data", help="another data set of the same shape, by its name")
+    parser.add_argument("--data_dir", help="where the data set is, if not where the run had it")
+    arguments = parser.parse_args(argv)
+    use_compilation_cache()
+    model = model_file.load(arguments.model)
+    data = open_data(model, arguments.data, arguments.data_dir)
+    found = evaluate_model(model, data)
+    print(
+        f"{found['eval/accuracy']:.2%} of {found['eval/examples']} evaluation examples of "
+        f"{data.name} right"
+    )
+    for name, value in found.items():
+        says = model.metadata["evaluation"].get(name)
+        same = "as in the file" if value == says else f"{says!r} in the file"
+        print(f"{name} {value!r}, {same}")
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(lambda: main(sys.argv[1:])))

@@ -1,0 +1,135 @@
+"""What is left in a finished model: its layers, and its weights around the threshold."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+
+import feather_jax as feather
+from feather_jax.masks import prunable_leaves
+from train.model_file import SavedModel
+
+_RANGE = 3.0  # of the histograms, in thresholds
+_BINS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One prunable layer of the finalised network, or all of them.
+
+    Attributes:
+      name: as in `stage1_block1/conv1`.
+      shape: of its kernel.
+      weights: how many it has.
+      nonzero: how many are left.
+      macs: multiply-accumulates for one image.
+      sparse_macs: those that do not multiply a zero.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    nonzero: int
+    macs: int
+    sparse_macs: int
+
+    @property
+    def left(self) -> float:
+        """The fraction of the weights that is left."""
+        return self.nonzero / self.weights if self.weights else 1.0
+
+
+def layers_of(model: SavedModel, prunable: PyTree[bool]) -> list[Layer]:
+    """The prunable layers in the order in which the network computes."""
+    counts = feather.summarize(model.variables["params"], prunable=prunable)
+    images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+    macs = feather.count_macs(
+        lambda variables, images: model.network.apply(variables, images, train=False),
+        model.variables,
+        images,
+    )
+    by_name: dict[str, list[Any]] = {}
+    for product in macs.layers:
+        by_name.setdefault(product.name.removeprefix("params/"), []).append(product)
+    order = {name: position for position, name in enumerate(by_name)}
+    return [
+        Layer(
+            name=layer.name.removesuffix("/kernel"),
+            shape=layer.shape,
+            weights=layer.weights,
+            nonzero=layer.nonzero,
+            macs=sum(product.macs for product in by_name.get(layer.name, ())),
+            sparse_macs=sum(product.sparse_macs for product in by_name.get(layer.name, ())),
+        )
+        for layer in sorted(counts.layers, key=lambda layer: order.get(layer.name, len(order)))
+        if layer.prunable
+    ]
+
+
+def total_of(layers: Sequence[Layer]) -> Layer:
+    """All layers as one."""
+    sums = (
+        sum(getattr(layer, name) for layer in layers)
+        for name in ("weights", "nonzero", "macs", "sparse_macs")
+    )
+    return Layer("all", (), *sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How the weights lie around the threshold.
+
+    Attributes:
+      threshold: the largest magnitude that is pruned, which is T but for less than the distance to
+        the next one.
+      edges: of the bins, in units of T.
+      dense: the trained weights in each bin.
+      sparse: the non-zero ones of those that the network uses.
+      weights: how many there are.
+      pruned: how many of them are zeros to the network.
+    """
+
+    threshold: float
+    edges: Float[np.ndarray, " bins+1"]
+    dense: Int[np.ndarray, " bins"]
+    sparse: Int[np.ndarray, " bins"]
+    weights: int
+    pruned: int
+
+
+def histogram_of(dense: PyTree, sparse: PyTree, prunable: PyTree[bool]) -> Histogram | None:
+    """Counts the weights around the threshold.
+
+    Args:
+      dense: the trained parameters.
+      sparse: the finalised ones.
+      prunable: which parameters may be pruned.
+
+    Returns:
+      The histogram; None if nothing is pruned.
+    """
+    dense_leaves = [np.asarray(leaf) for leaf in prunable_leaves(dense, prunable)]
+    sparse_leaves = [np.asarray(leaf) for leaf in prunable_leaves(sparse, prunable)]
+    threshold = max(
+        float(np.max(np.abs(was), where=now == 0, initial=0))
+        for was, now in zip(dense_leaves, sparse_leaves, strict=True)
+    )
+    if not threshold:
+        return None
+    edges = np.linspace(-_RANGE, _RANGE, _BINS + 1)
+
+    def count(leaf: np.ndarray) -> np.ndarray:
+        return np.histogram(leaf / np.float32(threshold), bins=edges)[0]
+
+    return Histogram(
+        threshold=threshold,
+        edges=edges,
+        dense=np.sum([count(leaf) for leaf in dense_leaves], axis=0),
+        sparse=np.sum([count(leaf[leaf != 0]) for leaf in sparse_leaves], axis=0),
+        weights=sum(leaf.size for leaf in sparse_leaves),
+        pruned=sum(int(np.count_nonzero(leaf == 0)) for leaf in sparse_leaves),
+    )

@@ -1,0 +1,59 @@
+"""Trains a sparse network: python -m train.main --config configs/digits.py --workdir runs/digits"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import logging as absl_logging
+
+from train import cluster, command_line, loop, parallel
+from train.cache import use_compilation_cache
+from train.command_line import Help
+from train.errors import UserError
+from train.signals import Interrupted
+
+DONE, BUG, MISTAKE = 0, 1, 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program and returns its exit status."""
+    absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax logs, it raises as well
+    try:
+        command = command_line.parse(argv)
+        how = cluster.join(command.coordinator_address, command.num_processes, command.process_id)
+        use_compilation_cache()
+        say = print if parallel.is_first() else _say_nothing
+        say(how)
+        loop.run(command.config, command.workdir, say)
+    except Help as page:
+        print(page)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return MISTAKE
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 128 + interrupted.signum
+    except KeyboardInterrupt:
+        print("Stopped by SIGINT before training began; nothing was lost.", file=sys.stderr)
+        return 130
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"Process {jax.process_index()} cannot go on with the others "
+            f"({str(error).splitlines()[0]}); start all of them again with the same command, and "
+            "they go on from the newest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(BUG)  # at a usual exit, JAX would wait minutes for the others
+    return DONE
+
+
+def _say_nothing(line: str) -> None:
+    """What the processes but the first have to say."""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
