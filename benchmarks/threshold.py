@@ -1,0 +1,233 @@
+"""What selecting one threshold for all weights costs, next to what others do for it.
+
+    python -m benchmarks.threshold
+    python -m benchmarks.threshold --sizes 1000000 100000000 1000000000
+
+Random normal weights of variance 2 / fan-in: the kernels of ResNet-20 (1.1 million weights) and
+ResNet-50 (25.5 million), or 16 equal kernels for a size given as a number.
+
+`one pass` compares every |w| with a constant and counts, in the fastest form that XLA compiles:
+the limit for anything that looks at all weights once. `bisection` halves the float's bits in 31
+such passes. The others work on the concatenated magnitudes: `top_k` with k the number of weights
+kept, `sort bits` sorts them as integers, `torch.sort` runs if PyTorch is installed. They are left
+out above 100 million weights. `passes` is the rounds of the search, of which each reads the weights
+once. Up to 100 million weights, the threshold is compared with NumPy's before it is timed.
+
+All methods take turns, so that the ratios are of one run; the slow ones take fewer of them. The
+spread is the distance between the quartiles. Takes about five minutes on two cores and appends to
+`benchmarks/results/threshold.jsonl`.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks.common import append_result, print_table
+from feather_jax import selection
+from feather_jax.selection import global_threshold
+from train import models
+
+MODELS: dict[str, tuple[dict[str, Any], tuple[int, int], int]] = {
+    "resnet20": ({"name": "resnet20", "widths": (32, 64, 128)}, (32, 32), 100),
+    "resnet50": ({"name": "resnet50"}, (224, 224), 1000),
+}
+REPEATS = 30
+SLOW_SECONDS = 20.0  # for each method, but three runs at least
+SORTED_UP_TO = 100_000_000
+
+Leaves = list[jax.Array]
+Methods = dict[tuple[str, float | None], Callable[[], Any]]
+
+
+def kernels(size: str) -> Leaves:
+    """Random weights in the shapes of a model's kernels, or of a number of weights in all."""
+    if size in MODELS:
+        spec, image, classes = MODELS[size]
+        model = models.build(spec, num_classes=classes)
+        variables = jax.eval_shape(
+            lambda: model.init(jax.random.key(0), jnp.zeros((1, *image, 3)), train=False)
+        )
+        shapes = [leaf.shape for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1]
+    else:
+        shapes = [(max(int(float(size)) // 2**14, 1), 2**10)] * 16
+    rng = np.random.default_rng(0)
+    deviations = [np.float32(math.sqrt(2 / math.prod(shape[:-1]))) for shape in shapes]
+    return [
+        jnp.asarray(rng.standard_normal(shape, np.float32) * deviation)
+        for shape, deviation in zip(shapes, deviations, strict=True)
+    ]
+
+
+@jax.jit
+def one_pass(leaves: Leaves, constant: jax.Array) -> jax.Array:
+    """The number of weights at or below a constant, and below it."""
+
+    def count(leaf):
+        # Two results, because XLA's CPU backend compiles a reduction with one into slower ones.
+        under = (jnp.abs(leaf) <= constant, jnp.abs(leaf) < constant)
+        return lax.reduce(
+            tuple(u.astype(jnp.uint32) for u in under),
+            (np.uint32(0), np.uint32(0)),
+            lambda x, y: (x[0] + y[0], x[1] + y[1]),
+            tuple(range(leaf.ndim)),
+        )
+
+    return jnp.stack([jnp.stack(count(leaf)) for leaf in leaves]).sum(axis=0)
+
+
+@jax.jit
+def bisection(leaves: Leaves, rank: jax.Array) -> jax.Array:
+    """The magnitude of a rank, from 31 passes that halve the range of bits."""
+
+    def halve(_, bits):
+        low, high = bits
+        middle = low + (high - low) // 2
+        weights, constant = lax.optimization_barrier(
+            (leaves, lax.bitcast_convert_type(middle, jnp.float32))
+        )
+        enough = one_pass(weights, constant)[0] > rank
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    bits = lax.fori_loop(0, 31, halve, (jnp.uint32(0), jnp.uint32(0x7F800000)))
+    return lax.bitcast_convert_type(bits[1], jnp.float32)
+
+
+@jax.jit
+def threshold(leaves: Leaves, sparsity: jax.Array) -> jax.Array:
+    return global_threshold(leaves, sparsity, prunable=True)
+
+
+@jax.jit
+def passes(leaves: Leaves, sparsity: jax.Array) -> jax.Array:
+    size = sum(leaf.size for leaf in leaves)
+    rank = selection._traced_rank(sparsity, size, jnp.float32)
+    return selection._search(leaves, rank.floor, jnp.float32).rounds
+
+
+def magnitudes(leaves: Leaves) -> jax.Array:
+    return jnp.concatenate([jnp.abs(leaf).ravel() for leaf in leaves])
+
+
+def methods(leaves: Leaves, sparsities: list[float]) -> Methods:
+    """What is timed: functions of nothing by name and, where it matters, sparsity."""
+    size = sum(leaf.size for leaf in leaves)
+    timed: Methods = {
+        ("one pass", None): partial(one_pass, leaves, jnp.float32(0.01)),
+        ("bisection", None): partial(bisection, leaves, jnp.uint32(size // 2)),
+    }
+    for s in sparsities:
+        timed["global_threshold", s] = partial(threshold, leaves, jnp.float32(s))
+    if size > SORTED_UP_TO:
+        return timed
+
+    sort = jax.jit(lambda leaves: jnp.sort(magnitudes(leaves)))
+    sort_bits = jax.jit(lambda leaves: jnp.sort(magnitudes(leaves).view(jnp.uint32)))
+    quantile = jax.jit(lambda leaves, s: jnp.quantile(magnitudes(leaves), s))
+    top_k = jax.jit(lambda leaves, k: lax.top_k(magnitudes(leaves), k)[0][-1], static_argnums=1)
+    timed["jnp.sort", None] = partial(sort, leaves)
+    timed["sort bits", None] = partial(sort_bits, leaves)
+    for s in sparsities:
+        timed["jnp.quantile", s] = partial(quantile, leaves, jnp.float32(s))
+        timed["lax.top_k", s] = partial(top_k, leaves, size - int(s * (size - 1)))
+    try:
+        import torch
+    except ImportError:
+        return timed
+    tensors = [torch.from_numpy(np.array(leaf)) for leaf in leaves]
+    timed["torch.sort", None] = lambda: torch.sort(torch.cat([t.abs().ravel() for t in tensors]))[0]
+    return timed
+
+
+def check(leaves: Leaves, sparsities: list[float]) -> None:
+    """Raises an AssertionError unless the thresholds have the bits that NumPy's partition gives."""
+    flat = np.asarray(magnitudes(leaves))
+    for s in sparsities:
+        position = float(np.float32(s)) * (flat.size - 1)
+        floor = int(position)
+        lo, hi = np.partition(flat, (floor, floor + 1))[[floor, floor + 1]]
+        expected = lo + (hi - lo) * np.float32(position - floor)
+        np.testing.assert_array_equal(threshold(leaves, jnp.float32(s)), expected)
+
+
+def measure(timed: Methods) -> dict[tuple[str, float | None], list[float]]:
+    """The seconds of each run, the methods taking turns."""
+    seconds: dict[tuple[str, float | None], list[float]] = {key: [] for key in timed}
+    for function in timed.values():
+        jax.block_until_ready(function())
+    for _ in range(REPEATS):
+        for key, function in timed.items():
+            if len(seconds[key]) < 3 or sum(seconds[key]) < SLOW_SECONDS:
+                start = time.perf_counter()
+                jax.block_until_ready(function())
+                seconds[key].append(time.perf_counter() - start)
+    return seconds
+
+
+def summarize(leaves: Leaves, sparsities: list[float]) -> list[dict[str, Any]]:
+    if sum(leaf.size for leaf in leaves) <= SORTED_UP_TO:
+        check(leaves, sparsities)
+    seconds = measure(methods(leaves, sparsities))
+    medians = {key: statistics.median(runs) for key, runs in seconds.items()}
+    sort = medians.get(("jnp.sort", None))
+    results = []
+    for (method, s), runs in seconds.items():
+        quartiles = np.percentile(runs, [25, 75])
+        ours = method == "global_threshold"
+        median = medians[method, s]
+        results.append(
+            {
+                "weights": sum(leaf.size for leaf in leaves),
+                "leaves": len(leaves),
+                "method": method,
+                "sparsity": s,
+                "median_s": median,
+                "quartiles_s": [float(q) for q in quartiles],
+                "min_s": min(runs),
+                "runs": len(runs),
+                "passes": int(passes(leaves, jnp.float32(s))) if ours else None,
+                "times_one_pass": median / medians["one pass", None],
+                "faster_than_sort": sort / median if sort else None,
+            }
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=list(MODELS), metavar="MODEL|WEIGHTS")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.9, 0.99])
+    args = parser.parse_args()
+    results = []
+    for size in args.sizes:
+        results += summarize(kernels(size), args.sparsities)
+    append_result("threshold", {"results": results})
+
+    headers = ["weights", "method", "sparsity", "median ms", "spread ms", "min ms", "passes"]
+    rows = [
+        [
+            f"{r['weights']:,}",
+            r["method"],
+            "" if r["sparsity"] is None else r["sparsity"],
+            f"{1e3 * r['median_s']:.2f}",
+            f"{1e3 * (r['quartiles_s'][1] - r['quartiles_s'][0]):.2f}",
+            f"{1e3 * r['min_s']:.2f}",
+            r["passes"] or "",
+            f"{r['times_one_pass']:.1f}",
+            f"{r['faster_than_sort']:.1f}" if r["faster_than_sort"] else "",
+        ]
+        for r in results
+    ]
+    print_table([*headers, "/ one pass", "jnp.sort / it"], rows)
+
+
+if __name__ == "__main__":
+    main()
