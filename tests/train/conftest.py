@@ -1,12 +1,17 @@
-"""What the tests of whole runs share: a small experiment, and the program as a process."""
+"""What tests share: small data sets in the real formats, a small run, the program as a process."""
 
+import io
+import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import pytest
+import simplejpeg
 
 ROOT = pathlib.Path(__file__).parents[2]
 FAULT = ROOT / "tests" / "train" / "fault.py"
@@ -119,3 +124,123 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     }
     loop.run(config.parse(values), workdir, say=lambda line: None)
     return workdir
+
+
+# The versions that TFDS's builders have; a test that prepares with TFDS itself holds them to it.
+VERSIONS = {
+    "imagenet2012": "5.1.0",
+    "fashion_mnist": "3.0.1",
+    "cifar10": "3.0.2",
+    "cifar100": "3.0.2",
+}
+
+Example = dict[str, bytes | int]
+
+
+def _write_records(path: pathlib.Path, examples: Iterable[Example]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for example in examples:
+        record = tf_example_pb2.Example()
+        for key, value in example.items():
+            feature = record.features.feature[key]
+            if isinstance(value, bytes):
+                feature.bytes_list.value.append(value)
+            else:
+                feature.int64_list.value.append(value)
+        writer.write(record.SerializeToString())
+    writer.close()
+
+
+@pytest.fixture
+def write_prepared() -> Callable[..., pathlib.Path]:
+    """Writes what TFDS reads as a prepared data set, without TensorFlow: (data_dir, name, splits).
+
+    `splits` maps a split's name to its examples, dicts of bytes and integers.
+    """
+
+    def write(data_dir: pathlib.Path, name: str, splits: dict[str, list[Example]]) -> pathlib.Path:
+        directory = data_dir / name / VERSIONS[name]
+        directory.mkdir(parents=True)
+        for split, examples in splits.items():
+            _write_records(directory / f"{name}-{split}.array_record-00000-of-00001", examples)
+        info = {
+            "name": name,
+            "version": VERSIONS[name],
+            "fileFormat": "array_record",
+            "splits": [
+                {
+                    "name": split,
+                    "shardLengths": [str(len(examples))],
+                    "numBytes": "1",
+                    "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                }
+                for split, examples in splits.items()
+            ],
+        }
+        (directory / "dataset_info.json").write_text(json.dumps(info))
+        return directory
+
+    return write
+
+
+def photograph(number: int, height: int = 90, width: int = 120) -> np.ndarray:
+    """A smooth image, uint8 [height, width, 3], different for every number."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[:height, :width][..., None] / max(height, width)
+    frequency, phase = rng.uniform(1, 6, (2, 3)), rng.uniform(0, 6, (2, 3))
+    waves = np.sin(frequency[0] * x + phase[0]) * np.sin(frequency[1] * y + phase[1])
+    return np.rint(127.5 + 120 * waves).astype(np.uint8)
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=95)
+
+
+@pytest.fixture(scope="session")
+def jpeg_photographs() -> list[bytes]:
+    """JPEGs of several shapes, the kind of files that ImageNet holds."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(60, 200, (30, 2))
+    return [jpeg(photograph(i, *size)) for i, size in enumerate(sizes.tolist())]
+
+
+@pytest.fixture
+def small_imagenet(tmp_path, write_prepared, jpeg_photographs) -> pathlib.Path:
+    """A data_dir with an imagenet2012 of 22 training and 8 validation photographs."""
+    examples = [
+        {"image": image, "label": 7 * i, "file_name": f"n{i:08}.JPEG".encode()}
+        for i, image in enumerate(jpeg_photographs)
+    ]
+    splits = {"train": examples[:22], "validation": examples[22:]}
+    write_prepared(tmp_path / "data", "imagenet2012", splits)
+    return tmp_path / "data"
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="session")
+def imagenet_archives(tmp_path_factory, jpeg_photographs) -> pathlib.Path:
+    """A manual_dir with ImageNet's two archives in the real format, 22 and 8 photographs.
+
+    The training archive holds one archive a class, the validation archive the files themselves.
+    """
+    folder = tmp_path_factory.mktemp("archives")
+    synsets = ("n01440764", "n01443537", "n15075141")
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as archive:
+        for k, synset in enumerate(synsets):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as images:
+                for i in range(k, 22, len(synsets)):
+                    _add(images, f"{synset}_{i}.JPEG", jpeg_photographs[i])
+            _add(archive, f"{synset}.tar", inner.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as archive:
+        for i, image in enumerate(jpeg_photographs[22:], start=1):
+            _add(archive, f"ILSVRC2012_val_{i:08}.JPEG", image)
+    return folder

@@ -1,14 +1,17 @@
 """Every file under configs/ is whole: it parses, and its parts fit one another."""
 
 import importlib.util
+import json
 import pathlib
 
+import cv2
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from train import config as config_lib
-from train import models
+from train import loop, models
 from train.data import spec
 from train.experiment import prunable_mask
 
@@ -44,3 +47,48 @@ def test_a_config_says_how_to_run_it(path):
         line for line in path.read_text().splitlines() if line.startswith(("import", "from"))
     ]
     assert imports == ["import ml_collections"]
+
+
+# The others are slow: their networks have all their layers.
+FAST = ("cifar10_resnet20", "fashion_mnist_lenet")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in FAST else [pytest.mark.slow])
+        for path in FILES
+    ],
+)
+def test_a_config_takes_two_steps(path, tmp_path, write_prepared, jpeg_photographs, monkeypatch):
+    """A whole run of two updates of 8 examples, its evaluation and its files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = load(path).get_config()
+    name = config.data.name
+    known = spec.KNOWN[name]
+    if name != "digits":
+        if known.shape is None:
+            images = jpeg_photographs
+            config.data.update({"image_size": 32, "workers": 0})
+        else:
+            rng = np.random.default_rng(0)
+            pixels = rng.integers(0, 256, (30, *known.shape), np.uint8)
+            images = [cv2.imencode(".png", image)[1].tobytes() for image in pixels]
+        examples = [{"image": image, "label": i % 10} for i, image in enumerate(images)]
+        splits = {known.train_split: examples[:22], known.eval_split: examples[22:]}
+        write_prepared(tmp_path / "data", name, splits)
+        config.data.data_dir = str(tmp_path / "data")
+    if path.stem == "cifar10_resnet20":
+        config.model.update({"widths": (4, 8, 8), "blocks_per_stage": 1})
+    config.batch_size = 8
+    values = config_lib.parse(config)
+    shrink = 2 / ((1437 if name == "digits" else 22) // 8 * values.epochs)
+    for field in ("epochs", "warmup_epochs", "prune_begin", "prune_end"):
+        if getattr(values, field) is not None:
+            config[field] = getattr(values, field) * shrink
+    loop.run(config_lib.parse(config), tmp_path / "run", say=lambda line: None)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["eval/examples"] == (360 if name == "digits" else 8)
+    assert np.isfinite(summary["eval/loss"])
+    assert summary["sparsity"] == pytest.approx(config.sparsity, abs=1 / summary["prunable"])
