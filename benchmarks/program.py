@@ -17,6 +17,7 @@ import feather_jax as feather
 from train import config as config_lib
 from train import models, parallel
 from train.data.augment import augment_and_normalize
+from train.experiment import state_initializer
 from train.optimizer import learning_rate, make_optimizer
 from train.step import TrainState, make_train_step
 
@@ -108,23 +109,13 @@ def make(case: Case, sparsity: float, mesh: Mesh | None = None) -> Program:
         seed=0,
     )
 
-    def initial_state() -> TrainState:
-        images = jnp.zeros((1, *case.image_shape))
-        variables = model.init(jax.random.key(0), images, train=False)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=tx.init(variables["params"]),
-        )
-
+    initial_state = state_initializer(
+        model, tx, case.image_shape, seed=0, pruned=feather.prunable_weights if prune else False
+    )
     mesh = mesh or parallel.device_mesh()
-    # As in train.experiment: it runs once, and compiling it well takes longer than it does.
-    unoptimised = {"xla_backend_optimization_level": 0}
-    options = unoptimised if jax.default_backend() == "cpu" else None
     return Program(
         step=parallel.on_all_devices(step, donate_state=True),
-        state=parallel.replicate(jax.jit(initial_state, compiler_options=options)(), mesh),
+        state=parallel.replicate(initial_state(), mesh),
         batch=parallel.shard(random_batch(case), mesh),
         prune=prune,
     )

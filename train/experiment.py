@@ -7,10 +7,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import PyTree
 
 import feather_jax as feather
-from feather_jax.masks import path_name, prunable_leaves
+from feather_jax.masks import Mask, path_name, prunable_leaves
 from train import config as config_lib
 from train import data as data_lib
 from train import models
@@ -72,12 +73,8 @@ def build(config: Config) -> Experiment:
         )
     model = models.build(config.model, num_classes=data.num_classes, dtype=dtype)
 
-    def initial_variables() -> PyTree:
-        images = jnp.zeros((1, *data.image_shape), jnp.float32)
-        return model.init(jax.random.key(config.seed), images, train=False)
-
-    params = jax.eval_shape(initial_variables)["params"]
-    prunable = prunable_mask(params, config.exclude)
+    variables = jax.eval_shape(lambda: initial_variables(model, data.image_shape, config.seed))
+    prunable = prunable_mask(variables["params"], config.exclude)
     prune = None
     if config.sparsity:
         prune = feather.Feather(
@@ -89,20 +86,9 @@ def build(config: Config) -> Experiment:
             prunable=prunable,
         )
     tx = make_optimizer(config, steps, prune)
-
-    def initial_state() -> TrainState:
-        variables = initial_variables()
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=tx.init(variables["params"]),
-            kept=all_kept(prunable_leaves(variables["params"], prunable)) if prune else [],
-        )
-
-    # It runs once: LLVM's optimisations would take five times as long as they are worth.
-    unoptimised = {"xla_backend_optimization_level": 0}
-    options = unoptimised if jax.default_backend() == "cpu" else None
+    initial_state = state_initializer(
+        model, tx, data.image_shape, config.seed, prunable if prune else False
+    )
     return Experiment(
         config=config,
         steps=steps,
@@ -110,7 +96,7 @@ def build(config: Config) -> Experiment:
         model=model,
         prunable=prunable,
         prune=prune,
-        initial_state=jax.jit(initial_state, compiler_options=options),
+        initial_state=initial_state,
         abstract_state=jax.eval_shape(initial_state),
         train_step=make_train_step(
             model,
@@ -124,6 +110,44 @@ def build(config: Config) -> Experiment:
         ),
         eval_step=make_eval_step(model, data.eval_preprocess),
     )
+
+
+def initial_variables(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyTree:
+    """The variables of an untrained network for images [height, width, channels]."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+
+
+def state_initializer(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: int,
+    pruned: Mask,
+) -> Callable[[], TrainState]:
+    """Builds the function, compiled, that gives the state before the first update.
+
+    Args:
+      model: the network.
+      tx: the optimiser.
+      image_shape: height, width, channels.
+      seed: of the weights.
+      pruned: which parameters are pruned; False for the dense twin.
+    """
+
+    def initial_state() -> TrainState:
+        variables = initial_variables(model, image_shape, seed)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=tx.init(variables["params"]),
+            kept=all_kept(prunable_leaves(variables["params"], pruned)) if pruned else [],
+        )
+
+    # It runs once: LLVM's optimisations would take five times as long as they are worth.
+    unoptimised = {"xla_backend_optimization_level": 0}
+    options = unoptimised if jax.default_backend() == "cpu" else None
+    return jax.jit(initial_state, compiler_options=options)
 
 
 def prunable_mask(params: PyTree, exclude: tuple[str, ...]) -> PyTree[bool]:

@@ -111,11 +111,8 @@ def train(
                     evaluation = evaluate(eval_step, variables, built.data, mesh)
                     if built.prune is not None:
                         weights = prunable_leaves(variables["params"], built.prunable)
-                        churn, kept = mask_churn(state.kept, weights)
-                        state, evaluation["mask_churn"] = (
-                            dataclasses.replace(state, kept=kept),
-                            churn,
-                        )
+                        evaluation["mask_churn"], kept = mask_churn(state.kept, weights)
+                        state = dataclasses.replace(state, kept=kept)
                 reader.read(step, metrics, evaluation)
                 unread = None
                 clock.pause()
