@@ -41,7 +41,7 @@ def test_the_accuracy_is_that_of_the_files_own_weights(finished_run, model):
     network = model_file.load(model).network
     images = (data.eval_images / np.float32(255) - np.float32(0.305)) / np.float32(0.376)
     logits = network.apply(saved, images.astype(np.float32), train=False)
-    right = np.argmax(logits, -1) == data.eval_labels
+    right = np.argmax(np.asarray(logits), -1) == data.eval_labels
     summary = json.loads((finished_run / "summary.json").read_text())
     assert summary["eval/accuracy"] == right.mean()
     del saved["params"]["head"]  # which the configuration excludes from pruning
