@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 
@@ -24,6 +25,9 @@ FORTY_STEPS = (
     "--config.checkpoint_every_steps=15",
     "--config.eval_every_epochs=0.5",
 )
+
+# What gloo's threads print, sometimes one in the middle of the other's line.
+GLOO = r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. Expected .* is : \d+"
 
 
 def arguments(small: pathlib.Path, workdir: pathlib.Path) -> list[str]:
@@ -96,7 +100,7 @@ def test_two_processes_compute_what_one_does_and_only_the_first_speaks(
     first, second = ended(start_two(start, arguments(small, tmp_path / "run")))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "Running in 2 processes (as the flags say) on 4 x cpu." in first[1]
-    assert [line for line in second[1].splitlines() if "[Gloo]" not in line] == []
+    assert not re.sub(GLOO, "", second[1]).strip()
     assert_same_run(tmp_path / "run", reference)
     summaries = [
         json.loads((each / "summary.json").read_text()) for each in (tmp_path / "run", reference)
