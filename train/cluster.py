@@ -88,8 +88,14 @@ def _detected() -> bool:
         return False
     try:
         _initialize()
-    except ValueError:  # that no coordinator's address is known: JAX detects no cluster
-        return False
+    except ValueError as error:
+        if "coordinator_address" in str(error):  # it is not known: JAX detects no cluster
+            return False
+        raise UserError(
+            f"JAX finds part of a cluster in the environment ({_first_line(error)}); give "
+            "--coordinator_address, --num_processes and --process_id, or unset "
+            "JAX_COORDINATOR_ADDRESS and the like to run alone."
+        ) from error
     except RuntimeError:  # JAX is in use already, by whoever called the program as a function
         return False
     return True

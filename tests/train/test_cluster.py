@@ -1,6 +1,8 @@
 """A process joins what it is told to, or what JAX detects, or runs alone and says so."""
 
+import jax
 import pytest
+from jax._src.distributed import State
 
 from train import cluster
 from train.errors import UserError
@@ -41,3 +43,14 @@ def test_the_three_flags_go_together(given):
 def test_a_wrong_flag_is_named(given, message):
     with pytest.raises(UserError, match=message):
         cluster.join(*given)
+
+
+def test_half_a_cluster_in_the_environment_is_a_sentence(monkeypatch):
+    """Each process would run alone, all of them in one workdir.
+
+    JAX is in use here, so a fresh state of its takes the place of the process's own.
+    """
+    monkeypatch.setattr(jax.distributed, "initialize", State().initialize)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    with pytest.raises(UserError, match=r"Number of processes .*JAX_COORDINATOR_ADDRESS"):
+        cluster.join(None, None, None)
