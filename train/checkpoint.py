@@ -1,6 +1,7 @@
 """The saved states of a run: Orbax, with a digest of every leaf that Orbax does not check."""
 
 import dataclasses
+import json
 import pathlib
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,14 +20,16 @@ ARRAYS = ("variables", "optimizer")
 """A checkpoint's items of arrays: the dense weights with the running statistics, and the rest."""
 
 _STEP = "optimizer/step"
+_DIGEST = "digest"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
     """Where a run saves its states.
 
-    A checkpoint has the items of `ARRAYS`, and `info`, which is JSON: the digests, and what the
-    caller adds. Saving is asynchronous: what goes wrong shows at the next call.
+    A checkpoint has the items of `ARRAYS`, and `info`, which is JSON: the digests of the arrays,
+    what the caller adds, and a digest of all that. Saving is asynchronous: what goes wrong shows at
+    the next call.
 
     Args:
       directory: the folder; made if need be. What an unfinished save left there is removed.
@@ -65,8 +68,9 @@ class Checkpoints:
         leaves = named_leaves(items)
         check_finite(leaves)
         step = int(leaves[_STEP])
+        info = info | {"digests": digests(leaves)}
         arguments = ocp.args.Composite(
-            info=ocp.args.JsonSave(info | {"digests": digests(leaves)}),
+            info=ocp.args.JsonSave(info | {_DIGEST: info_digest(info)}),
             **{name: ocp.args.StandardSave(item) for name, item in items.items()},
         )
         self.wait()
@@ -130,7 +134,7 @@ def newest(directory: pathlib.Path, items: Sequence[str] = ARRAYS) -> Restored |
       items: which of `ARRAYS` are read.
 
     Raises:
-      UserError: there are checkpoints, and none is whole.
+      UserError: there are checkpoints, and none is whole; or the folder cannot be read.
     """
     directory = directory.resolve()  # Orbax wants absolute paths
     steps = [int(path.name) for path in _listed(directory) if path.name.isdecimal()]
@@ -207,14 +211,22 @@ def read(
       Damaged: it is not whole, or not what was saved.
     """
     for item in ("info", *items):
-        if not (checkpoint / item).is_dir():
+        try:
+            present = (checkpoint / item).is_dir()
+        except OSError as error:
+            raise Damaged(f"it cannot be read: {_reason(error)}") from error
+        if not present:
             raise Damaged(f"it has no {item}")
     leaves: dict[str, np.ndarray] = {}
     try:
         info = ocp.JsonCheckpointHandler().restore(checkpoint / "info")
+        if info.pop(_DIGEST) != info_digest(info):
+            raise Damaged("its info is not what was saved, by its CRC-32")
         saved = {name: int(digest) for name, digest in info["digests"].items()}
         for item in items:
             leaves |= named_leaves({item: _read_arrays(checkpoint / item)})
+    except Damaged:
+        raise
     except Exception as error:  # of many types: damage meets Orbax, TensorStore, JSON and us
         raise Damaged(f"it cannot be read: {_reason(error)}") from error
     found = digests(leaves)
@@ -264,6 +276,11 @@ def digests(leaves: dict[str, np.ndarray]) -> dict[str, int]:
     return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
+def info_digest(info: dict[str, Any]) -> int:
+    """A CRC-32 of what JSON makes of an info, whatever the order of its keys."""
+    return zlib.crc32(json.dumps(info, sort_keys=True).encode())
+
+
 def check_finite(leaves: dict[str, np.ndarray]) -> None:
     """Raises UserError if an array holds NaN or infinity, so that it is never saved."""
     for name, leaf in leaves.items():
@@ -289,7 +306,18 @@ def _items(state: TrainState) -> dict[str, PyTree]:
 
 
 def _listed(directory: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+    """What is in the folder, [] without it.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return sorted(directory.iterdir()) if directory.is_dir() else []
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be read ({error.strerror}); let this user read it, or give a new "
+            "--workdir."
+        ) from error
 
 
 def _reason(error: Exception) -> str:

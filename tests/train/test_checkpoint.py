@@ -160,12 +160,43 @@ def test_what_is_passed_over_is_told_with_the_reason(copy, damage, reason):
 
 
 def test_a_digest_that_was_changed_counts_as_damage(copy):
+    """Also where the info's own digest agrees."""
     path = copy / "20" / "info" / "metadata"
     info = json.loads(path.read_text())
+    del info["digest"]
     info["digests"]["variables/params/head/kernel"] += 1
-    path.write_text(json.dumps(info))
+    path.write_text(json.dumps(info | {"digest": checkpoint.info_digest(info)}))
     _, found = restored(copy)
     assert "variables/params/head/kernel is not what was saved" in found.passed_over[20]
+
+
+def test_no_bit_of_the_info_is_taken_for_another(copy):
+    """Each bit in turn: it says the same as before, as with white space, or is damage."""
+    path = copy / "20" / "info" / "metadata"
+    whole, info = path.read_bytes(), json.loads(path.read_bytes())
+    damaged = 0
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            _, read = checkpoint.read(copy / "20", items=())
+        except checkpoint.Damaged:
+            damaged += 1
+        else:
+            assert read.items() <= info.items()
+    assert damaged > 7.5 * len(whole)
+
+
+def test_what_cannot_be_read_is_a_sentence(two_saved, monkeypatch):
+    """Root may read everything, so the system's refusal is a pretended one."""
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"checkpoints cannot be read \(Permission denied\)"):
+        restored(two_saved)
 
 
 def test_a_renamed_checkpoint_counts_as_damage(copy):
