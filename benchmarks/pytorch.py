@@ -56,7 +56,8 @@ def resnet20() -> nn.Module:
 
 def torch_step(layout: torch.memory_format) -> Callable[[], None]:
     """A function that does one more step."""
-    model = resnet20().to(memory_format=layout)
+    model: Any = resnet20()
+    model.to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
     batch = random_batch(CASE)
     pixels = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).contiguous()
