@@ -29,13 +29,19 @@ def is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
+def is_trainable(leaf: Any) -> bool:
+    """Whether `leaf` is floating-point in at least 16 bits: narrower floats are for storage."""
+    return is_floating(leaf) and jnp.result_type(leaf).itemsize >= 2
+
+
 def prunable_weights(params: PyTree) -> PyTree[bool]:
     """The default mask: the kernels of dense, convolutional and attention layers.
 
     A leaf is prunable if it is floating-point, has at least two dimensions and the last dict key
     on its path is `kernel`. That is every convolution and linear layer of Flax, the first and the
     last included, and neither a bias (an attention projection's has two dimensions), a
-    normalisation's scale nor an embedding.
+    normalisation's scale nor an embedding. Kernels in floats of 8 bits or fewer, which are stored
+    and not trained in them, are left alone.
 
     Args:
       params: a pytree of arrays: Linen's `params`, an `nnx.State`, nested dicts.
@@ -50,7 +56,7 @@ def prunable_weights(params: PyTree) -> PyTree[bool]:
 
     def is_prunable(path: KeyPath, leaf: Any) -> bool:
         keys = [key.key for key in path if isinstance(key, DictKey)]
-        return keys[-1:] == ["kernel"] and jnp.ndim(leaf) >= 2 and is_floating(leaf)
+        return keys[-1:] == ["kernel"] and jnp.ndim(leaf) >= 2 and is_trainable(leaf)
 
     return jax.tree_util.tree_map_with_path(is_prunable, params)
 
@@ -69,7 +75,7 @@ def resolve_mask(params: PyTree, prunable: Mask | None = None) -> PyTree[bool]:
 
     Raises:
       TypeError: the mask holds something else than bools, or selects a leaf that is not
-        floating-point.
+        floating-point in at least 16 bits.
       ValueError: the mask is not a prefix of `params`.
     """
     if prunable is None:
@@ -83,10 +89,11 @@ def resolve_mask(params: PyTree, prunable: Mask | None = None) -> PyTree[bool]:
                 f"{path_name(path)!r}; give True or False for each leaf or for a whole subtree."
             )
         for below, leaf in jax.tree_util.tree_leaves_with_path(subtree) if selected else ():
-            if not is_floating(leaf):
+            if not is_trainable(leaf):
                 raise TypeError(
                     f"The mask selects {path_name(path + below)!r} for pruning, whose dtype is "
-                    f"{jnp.result_type(leaf)}; only floating-point weights can be pruned."
+                    f"{jnp.result_type(leaf)}; only floating-point weights of at least 16 bits "
+                    "can be pruned."
                 )
         return jax.tree.map(lambda _: bool(selected), subtree)
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from feather_jax import prunable_weights
+from feather_jax import global_threshold, prunable_weights, scale_pruned_gradients, sparsify
 from feather_jax.masks import map_prefix, path_name, prunable_leaves, resolve_mask
 
 
@@ -36,9 +36,25 @@ def test_the_default_is_the_kernels():
     assert resolve_mask(network()) == BOTH_KERNELS
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn])
-def test_every_floating_dtype_is_prunable(dtype):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_every_floating_dtype_of_training_is_prunable(dtype):
     assert prunable_weights({"kernel": jnp.ones((2, 2), dtype)}) == {"kernel": True}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn])
+def test_floats_for_storage_are_left_alone(dtype):
+    """JAX promotes them with nothing, and nobody trains them."""
+    stored = jnp.ones((2, 2), dtype)
+    params = {"a": {"kernel": stored}, "b": {"kernel": jnp.array([[1.0, 2.0]])}}
+    assert prunable_weights(params) == {"a": {"kernel": False}, "b": {"kernel": True}}
+    threshold = global_threshold(params, 0.5)
+    assert threshold == 1.5
+    assert sparsify(params, threshold)["a"]["kernel"] is stored
+    tx = scale_pruned_gradients(0.0)
+    updates, _ = tx.update(params, tx.init(params), params, threshold=threshold)
+    assert updates["a"]["kernel"] is stored
+    with pytest.raises(TypeError, match="'a/kernel' for pruning.*of at least 16 bits"):
+        resolve_mask(params, True)
 
 
 @pytest.mark.parametrize(
