@@ -3,7 +3,7 @@
 The file is a zip archive (an `.npz` to `np.load`) of two members. `index.json` lists every leaf
 and holds the metadata; `data` holds the bytes of the leaves, one after the other. A leaf is
 `dense`, all its values, or `gaps`: its non-zero values, and how many zeros stand before each of
-them (`gaps.py`). `docs/model-file.md` specifies the format and reads it in ten lines.
+them (`gaps.py`). `docs/model-file.md` specifies the format and reads it with NumPy alone.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ DTYPES: dict[str, np.dtype] = {name: np.dtype(name) for name in _NUMPY_NAMES} | 
 # What zipfile, json and a look into a foreign index may raise.
 _DAMAGE = (
     *(ValueError, LookupError, TypeError, AttributeError, OverflowError, EOFError, OSError),
-    *(RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error),
 )
 
 
@@ -130,7 +130,8 @@ def load(path: str | os.PathLike[str]) -> dict[str | int, Any]:
       Nested dicts of NumPy arrays. The types that NumPy lacks are those of `ml_dtypes`, as in JAX.
 
     Raises:
-      ValueError: the file is damaged, or `save` has not written it.
+      ValueError: the file is damaged, `save` has not written it, or what it holds does not fit into
+        memory.
       OSError: there is no such file, or it cannot be read.
 
     Example:
@@ -389,7 +390,8 @@ def _read_member(archive: zipfile.ZipFile, name: str, compression: int, limit: i
     info = archive.getinfo(name)
     if info.compress_type != compression or max(info.file_size, info.compress_size) > limit:
         raise ValueError(f"{name} is compressed otherwise or too large")
-    return archive.read(info)
+    with archive.open(info) as member:
+        return member.read(info.file_size)  # whatever it would expand to
 
 
 def _read_index(archive: zipfile.ZipFile) -> dict[str, Any]:

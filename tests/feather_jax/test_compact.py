@@ -727,7 +727,37 @@ def test_a_zip_bomb_is_not_expanded(tmp_path, method):
             tracemalloc.stop()
 
 
-def test_zeros_cannot_claim_more_than_the_documented_multiple(tmp_path):
+def test_a_zip_bomb_that_declares_another_size_is_not_expanded(tmp_path):
+    path = tmp_path / "forged.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("index.json", b" " * 2**25, zipfile.ZIP_DEFLATED)
+        archive.writestr("data", b"")
+        archive.infolist()[0].file_size = 100  # in the directory, which is what readers read
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"was not written by feather_jax\.save"):
+            load(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex128])
+def test_zeros_cannot_claim_more_than_the_documented_multiple(tmp_path, dtype):
     path = tmp_path / "model.npz"
-    save(path, {"w": np.zeros(10_000_000, np.float32)})
-    assert load(path)["w"].size <= 2048 * path.stat().st_size
+    save(path, {"w": np.zeros(10_000_000, dtype)})
+    loaded = load(path)["w"]
+    assert loaded.size <= 2048 * path.stat().st_size
+    assert loaded.nbytes <= 2**15 * path.stat().st_size
+
+
+def test_more_zeros_than_there_is_memory_are_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "model.npz"
+    save(path, {"w": np.zeros(10_000, np.complex128)})
+
+    def no_memory(*_):
+        raise MemoryError("Unable to allocate 32.0 GiB")
+
+    monkeypatch.setattr(np, "zeros", no_memory)
+    with pytest.raises(ValueError, match=r"feather_jax\.save \(Unable to allocate 32\.0 GiB\)"):
+        load(path)
