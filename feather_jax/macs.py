@@ -17,7 +17,7 @@ from feather_jax.summary import format_table
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class Product:
     """One dot product or convolution of the traced program.
 
     Attributes:
@@ -44,7 +44,7 @@ class Macs:
       layers: the products; a kernel that is used twice is there twice.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Product, ...]
 
     @property
     def total(self) -> int:
@@ -117,7 +117,7 @@ def count_macs(fn: Callable[..., Any], *args: Any) -> Macs:
         for path, leaf in leaves
     ]
     products, _ = _walk(closed.jaxpr, sources, "")
-    return Macs(tuple(product.as_layer() for product in products))
+    return Macs(tuple(product.counted() for product in products))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,8 +136,8 @@ class _Parameter:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
-    """A layer before its zeros are counted: once, after the loops around it have multiplied it."""
+class _TracedProduct:
+    """A product before its zeros are counted: once, after the loops around it have multiplied it."""
 
     kernel: _Parameter | None
     scope: str
@@ -145,10 +145,10 @@ class _Product:
     shape: tuple[int, ...]
     macs: int
 
-    def as_layer(self) -> Layer:
+    def counted(self) -> Product:
         kernel, macs = self.kernel, self.macs
         name, sparse = (kernel.name, kernel.sparse(macs)) if kernel else (self.scope, macs)
-        return Layer(name or self.kind, self.kind, self.shape, macs, sparse)
+        return Product(name or self.kind, self.kind, self.shape, macs, sparse)
 
 
 class _Data:
@@ -163,7 +163,7 @@ Source = _Parameter | _Data | None
 
 def _walk(
     jaxpr: Jaxpr, sources: Sequence[Source], scope: str
-) -> tuple[list[_Product], list[Source]]:
+) -> tuple[list[_TracedProduct], list[Source]]:
     """The products of a jaxpr, and where its results come from, given that of its arguments."""
     known = dict(zip(jaxpr.invars, sources, strict=True))
 
@@ -181,7 +181,7 @@ def _walk(
 
 def _equation(
     eqn: JaxprEqn, sources: Sequence[Source], scope: str
-) -> tuple[list[_Product], list[Source]]:
+) -> tuple[list[_TracedProduct], list[Source]]:
     """The products of one equation with all its inner jaxprs, and where its results come from."""
     kind, params = eqn.primitive.name, eqn.params
     if kind in _COUNTS:
@@ -230,7 +230,7 @@ def _turns(eqn: JaxprEqn) -> int | None:
             return 1
 
 
-def _product(eqn: JaxprEqn, sources: Sequence[Source], scope: str) -> _Product:
+def _product(eqn: JaxprEqn, sources: Sequence[Source], scope: str) -> _TracedProduct:
     """A product and its kernel.
 
     Of two parameters the right-hand one is the kernel: there it is in `x @ kernel` and in a
@@ -241,7 +241,7 @@ def _product(eqn: JaxprEqn, sources: Sequence[Source], scope: str) -> _Product:
         if isinstance(source, _Parameter) and len(_shape(operand)) >= 2:
             kernel = source
     kind = eqn.primitive.name
-    return _Product(kernel, scope, kind, _shape(eqn.outvars[0]), _COUNTS[kind](eqn))
+    return _TracedProduct(kernel, scope, kind, _shape(eqn.outvars[0]), _COUNTS[kind](eqn))
 
 
 def _dot_macs(eqn: JaxprEqn) -> int:

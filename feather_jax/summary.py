@@ -20,7 +20,7 @@ class Layer:
       shape: its shape.
       prunable: whether it may be pruned.
       weights: how many weights it has.
-      nonzero: how many of them are not zero; NaN is not.
+      nonzero: how many of them are not zero; NaN counts as non-zero.
     """
 
     name: str
