@@ -137,7 +137,7 @@ class _Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class _TracedProduct:
-    """A product before its zeros are counted: once, after the loops around it have multiplied it."""
+    """A product before its zeros are counted: once, after the loops around it multiplied it."""
 
     kernel: _Parameter | None
     scope: str

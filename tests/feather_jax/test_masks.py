@@ -53,7 +53,7 @@ def test_floats_for_storage_are_left_alone(dtype):
     tx = scale_pruned_gradients(0.0)
     updates, _ = tx.update(params, tx.init(params), params, threshold=threshold)
     assert updates["a"]["kernel"] is stored
-    with pytest.raises(TypeError, match="'a/kernel' for pruning.*of at least 16 bits"):
+    with pytest.raises(TypeError, match=r"'a/kernel' for pruning.*of at least 16 bits"):
         resolve_mask(params, True)
 
 
