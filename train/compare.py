@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
@@ -158,44 +159,48 @@ def points(runs: Sequence[Run]) -> list[Point]:
 
     Labels are made of the fields of the configuration in which the runs differ.
     """
-    fields = [_compared(run) for run in runs]
-    differing = [
-        name
-        for name in dict.fromkeys(n for own in fields for n in own)
-        if _differs(name, runs, fields)
-    ]
+    differing = differences(runs)
     found: dict[tuple[str, float], list[Run]] = {}
-    for run, own in zip(runs, fields, strict=True):
-        parts = [_label(name, own[name]) for name in differing if name in own]
+    for run in runs:
+        own = flat(run.config)
+        used = [name for name in differing if name in own and _uses(run, name)]
+        parts = [_label(name, own[name]) for name in used]
         label = ", ".join(["dense", *parts] if run.dense else parts) or "sparse"
         found.setdefault((label, run.config["sparsity"]), []).append(run)
     ordered = sorted(found.items(), key=lambda item: (not item[1][0].dense, *item[0]))
     return [Point(label, sparsity, tuple(alike)) for (label, sparsity), alike in ordered]
 
 
-def _compared(run: Run) -> dict[str, str]:
-    """The fields of a run's configuration that may tell it from another, as JSON."""
-    ignored = _NOT_COMPARED + (_PRUNING if run.dense else ())
-    kept = {name: value for name, value in run.config.items() if name not in ignored}
-    return {name: json.dumps(value) for name, value in flat(kept).items()}
+def differences(runs: Sequence[Run]) -> list[str]:
+    """The fields in which runs that have a use for them differ, by dotted names.
+
+    The seed, the sparsity and what may change between two starts are none of them, and a dense run
+    has no use for the fields of pruning.
+    """
+    fields = [flat(run.config) for run in runs]
+
+    def values(name: str) -> set[str]:
+        owners = (own for run, own in zip(runs, fields, strict=True) if _uses(run, name))
+        return {json.dumps(own.get(name)) for own in owners}
+
+    return [name for name in dict.fromkeys(itertools.chain(*fields)) if len(values(name)) > 1]
 
 
-def _differs(name: str, runs: Sequence[Run], fields: Sequence[dict[str, str]]) -> bool:
-    """Whether runs that have a use for a field have different values in it."""
-    owners = [
-        o for run, o in zip(runs, fields, strict=True) if not (run.dense and name in _PRUNING)
-    ]
-    return len({own.get(name) for own in owners}) > 1
+def _uses(run: Run, name: str) -> bool:
+    return name not in _NOT_COMPARED + (_PRUNING if run.dense else ())
 
 
-def _label(name: str, value: str) -> str:
-    given = json.loads(value)
-    text = f"{given:g}" if isinstance(given, float) else str(given)
+def _label(name: str, value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if name in ("model.name", "data.name") else f"{name} = {text}"
 
 
-def rows(found: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """The points as a table's headings and rows of text."""
+Cell = tuple[float | None, str]
+"""What a table shows, after the number that its column is sorted by; None sorts by the text."""
+
+
+def rows(found: Sequence[Point]) -> tuple[list[str], list[list[Cell]]]:
+    """The points as a table's headings and rows."""
     headers = [
         "runs",
         "sparsity",
@@ -210,38 +215,49 @@ def rows(found: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     for point in found:
         sizes = [run.model_bytes for run in point.runs if run.model_bytes]
         several = len(point.runs) > 1
+        spread = max(point.accuracies) - min(point.accuracies)
+        size = statistics.mean(sizes) if sizes else 0.0
+        seconds = statistics.mean(run.summary["wall_seconds"] for run in point.runs)
         lines.append(
             [
-                point.label,
-                f"{point.sparsity:.4g}",
-                f"{1 / point.left:.3g}" if point.left else "-",
-                f"{point.accuracy:.2%}",
-                f"{max(point.accuracies) - min(point.accuracies):.2%}" if several else "",
-                str(len(point.runs)),
-                page.size(statistics.mean(sizes)) if sizes else "",
-                page.duration(statistics.mean(run.summary["wall_seconds"] for run in point.runs)),
+                (None, point.label),
+                (point.sparsity, f"{point.sparsity:.4g}"),
+                # In the order of 1 / left, which is infinite where nothing is left.
+                (-point.left, f"{1 / point.left:.3g}" if point.left else "-"),
+                (point.accuracy, f"{point.accuracy:.2%}"),
+                (spread, f"{spread:.2%}" if several else ""),
+                (len(point.runs), str(len(point.runs))),
+                (size, page.size(size) if sizes else ""),
+                (seconds, page.duration(seconds)),
             ]
         )
     return headers, lines
 
 
-def table(runs: Sequence[Run]) -> str:
-    """The runs as a table for a terminal, a row for those that differ in their seed alone."""
-    return format_table(*rows(points(runs)))
+def table(found: Sequence[Point]) -> str:
+    """The points as a table for a terminal."""
+    headers, lines = rows(found)
+    return format_table(headers, [[text for _, text in line] for line in lines])
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """The same in Markdown."""
-    headers, lines = rows(points(runs))
+    """The runs as a table in Markdown, a row for those that differ in their seed alone."""
+    return _markdown(points(runs))
+
+
+def _markdown(found: Sequence[Point]) -> str:
+    headers, lines = rows(found)
     rule = ["---"] + ["--:"] * (len(headers) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *lines])
+    texts = [[text.replace("|", r"\|") for _, text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *texts])
 
 
-def figure(runs: Sequence[Run]) -> Figure:
+# A label is a user's own text, in which a dollar sign begins no formula.
+@matplotlib.rc_context({"text.parse_math": False})
+def figure(found: Sequence[Point]) -> Figure:
     """Accuracy against the weights left, on a log scale; means, with bars from worst to best."""
     picture = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = picture.subplots()
-    found = points(runs)
     colors = (f"C{number}" for number in itertools.count())
     for point in (point for point in found if not point.sparsity):
         _draw_dense(axes, point, next(colors))
@@ -294,7 +310,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"Left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError("There is nothing to compare; give workdirs of finished runs.")
-    print(table(runs))
+    print(table(points(runs)))
     if arguments.out is not None:
         write(arguments.out, runs)
 
@@ -305,19 +321,21 @@ def write(folder: pathlib.Path, runs: Sequence[Run]) -> None:
     Raises:
       StorageError: the folder cannot be written.
     """
-    with page.style(page.SERIES):
-        picture = page.inline_svg(figure(runs), "accuracy", _describe(runs))
-    headers, lines = rows(points(runs))
+    found = points(runs)
+    title, description = _title(runs), _describe(found)
+    with page.style(page.SERIES):  # the page's own colours, which a file of its own has not
+        picture = page.inline_svg(figure(found), "accuracy", description)
+    headers, lines = rows(found)
     text = page.render(
-        "compare.html", title=_title(runs), picture=picture, headers=headers, rows=lines, runs=runs
+        "compare.html", title=title, picture=picture, headers=headers, rows=lines, runs=runs
     )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        figure(runs).savefig(folder / "compare.png", dpi=150)
+        figure(found).savefig(folder / "compare.png", dpi=150)
         write_atomically(folder / "compare.html", text)
-        picture_line = f"![{_describe(runs)}](compare.png)"
         write_atomically(
-            folder / "compare.md", f"# {_title(runs)}\n\n{markdown(runs)}\n\n{picture_line}\n"
+            folder / "compare.md",
+            f"# {title}\n\n{_markdown(found)}\n\n![{description}](compare.png)\n",
         )
 
 
@@ -328,10 +346,10 @@ def _title(runs: Sequence[Run]) -> str:
     return f"{names('model')} on {names('data')}"
 
 
-def _describe(runs: Sequence[Run]) -> str:
+def _describe(found: Sequence[Point]) -> str:
     """The picture in words."""
     lines: dict[str, list[str]] = {}
-    for point in points(runs):
+    for point in found:
         where = f" at {point.left:.3g}" if point.sparsity else ""
         lines.setdefault(point.label, []).append(f"{point.accuracy:.2%}{where}")
     texts = (f"{label}: {', '.join(values)}" for label, values in lines.items())

@@ -38,6 +38,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.fonttype": "none",
     "text.color": _INK,
+    "text.parse_math": False,  # names are a user's own, and a dollar sign begins no formula
     "xtick.color": _INK,
     "ytick.color": _INK,
 }

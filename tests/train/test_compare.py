@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -71,14 +72,16 @@ def test_runs_that_differ_in_their_seed_are_one_point(sweep):
 
 
 def test_the_table_has_mean_and_spread(sweep):
-    table = compare.table([compare.read_run(workdir) for workdir in sweep]).splitlines()
+    found = compare.points([compare.read_run(workdir) for workdir in sweep])
+    table = compare.table(found).splitlines()
     assert " ".join(table[2].split()) == "dense 0 1 95.00% 2.00% 2 1.5 kB 1 min 30 s"
     assert " ".join(table[-1].split()) == "p = 3 0.99 100 80.00% 2.00% 2 1.5 kB 1 min 30 s"
     assert len(table) == 2 + 5
 
 
 def test_the_picture_has_a_line_a_group_and_the_dense_runs_as_a_level(sweep):
-    axes = compare.figure([compare.read_run(workdir) for workdir in sweep]).axes[0]
+    found = compare.points([compare.read_run(workdir) for workdir in sweep])
+    axes = compare.figure(found).axes[0]
     assert axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_legend().texts] == ["dense", "p = 1", "p = 3"]
     lines = {str(line.get_label()): line for line in axes.lines}
@@ -111,6 +114,43 @@ def test_the_program_writes_a_page_markdown_and_a_picture(sweep, tmp_path, capsy
     page = (out / "compare.html").read_text()
     assert page.count("<svg") == 1
     assert str(sweep[0]) in page
+
+
+def test_columns_are_sorted_by_their_numbers(tmp_path):
+    """As texts, 3 min 20 s comes before 50 s and 1.2 MB before 24.6 kB."""
+    sizes = {0.9: (50.0, 24_600), 0.95: (200.0, 1_200_000), 0.0: (3600.0, 999)}
+    runs = []
+    for sparsity, (seconds, size) in sizes.items():
+        workdir = write_run(tmp_path / str(sparsity), 0.9, sparsity=sparsity)
+        summary = json.loads((workdir / "summary.json").read_text())
+        (workdir / "summary.json").write_text(json.dumps(summary | {"wall_seconds": seconds}))
+        (workdir / "model.npz").write_bytes(bytes(size))
+        runs.append(compare.read_run(workdir))
+    compare.write(tmp_path / "out", runs)
+    text = (tmp_path / "out" / "compare.html").read_text()
+    tables = re.findall(r"<tbody>(.*?)</tbody>", text, re.DOTALL)
+    cells = [re.findall(r"<td(.*?)>(.*?)</td>", row) for row in tables[0].strip().splitlines()]
+    by_column = list(zip(*cells, strict=True))
+    for column, shown in (
+        (6, ["999 bytes", "24.6 kB", "1.2 MB"]),
+        (7, ["50 s", "3 min 20 s", "1 h"]),
+    ):
+        numbered = sorted((float(v.split('"')[1]), text) for v, text in by_column[column])
+        assert [text for _, text in numbered] == shown
+    assert [len(re.findall("data-value", table)) for table in tables] == [3 * 7, 3 * 4]
+
+
+def test_labels_are_text_to_matplotlib_and_to_markdown(tmp_path):
+    """`$` would begin a formula, `|` the next cell."""
+    runs = [
+        compare.read_run(write_run(tmp_path / str(i), 0.9, sparsity=0.9, exclude=patterns))
+        for i, patterns in enumerate((["(head|stem)/kernel$", "a{2}$"], []))
+    ]
+    compare.write(tmp_path / "out", runs)
+    assert "(head|stem)/kernel$" in (tmp_path / "out" / "compare.html").read_text()
+    table = compare.markdown(runs).splitlines()
+    assert r"(head\|stem)/kernel$" in table[2] + table[3]
+    assert all(re.sub(r"\\\|", "", line).count("|") == 9 for line in table)
 
 
 def test_what_is_no_finished_run_is_left_out_and_named(sweep, tmp_path, capsys):
