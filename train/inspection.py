@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 import feather_jax as feather
+from feather_jax.macs import Macs
 from feather_jax.masks import prunable_leaves
 from train.model_file import SavedModel
 
@@ -18,7 +19,7 @@ _BINS = 120
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class PrunableLayer:
     """One prunable layer of the finalised network, or all of them.
 
     Attributes:
@@ -43,21 +44,25 @@ class Layer:
         return self.nonzero / self.weights if self.weights else 1.0
 
 
-def layers_of(model: SavedModel, prunable: PyTree[bool]) -> list[Layer]:
-    """The prunable layers in the order in which the network computes."""
-    counts = feather.summarize(model.variables["params"], prunable=prunable)
+def macs_of(model: SavedModel) -> Macs:
+    """The multiply-accumulates of the whole network for one image."""
     images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    macs = feather.count_macs(
+    return feather.count_macs(
         lambda variables, images: model.network.apply(variables, images, train=False),
         model.variables,
         images,
     )
+
+
+def layers_of(model: SavedModel, prunable: PyTree[bool], macs: Macs) -> list[PrunableLayer]:
+    """The prunable layers in the order in which the network computes."""
+    counts = feather.summarize(model.variables["params"], prunable=prunable)
     by_name: dict[str, list[Any]] = {}
     for product in macs.layers:
         by_name.setdefault(product.name.removeprefix("params/"), []).append(product)
     order = {name: position for position, name in enumerate(by_name)}
     return [
-        Layer(
+        PrunableLayer(
             name=layer.name.removesuffix("/kernel"),
             shape=layer.shape,
             weights=layer.weights,
@@ -70,13 +75,13 @@ def layers_of(model: SavedModel, prunable: PyTree[bool]) -> list[Layer]:
     ]
 
 
-def total_of(layers: Sequence[Layer]) -> Layer:
+def total_of(layers: Sequence[PrunableLayer]) -> PrunableLayer:
     """All layers as one."""
     sums = (
         sum(getattr(layer, name) for layer in layers)
         for name in ("weights", "nonzero", "macs", "sparse_macs")
     )
-    return Layer("all", (), *sums)
+    return PrunableLayer("all", (), *sums)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from train import curves, page
-from train.inspection import Histogram, Layer
+from train.inspection import Histogram, PrunableLayer
 from train.metrics import Record
 
 
@@ -80,7 +80,7 @@ def _near_zero(histogram: Histogram) -> float:
     return histogram.sparse[np.abs(middles) < 0.25].sum() / max(histogram.sparse.sum(), 1)
 
 
-def layer_pictures(layers: Sequence[Layer]) -> list[Picture]:
+def layer_pictures(layers: Sequence[PrunableLayer]) -> list[Picture]:
     """A bar a layer: how much of it is left, and its MACs before and after."""
     densest = max(layers, key=lambda layer: layer.left)
     sparsest = min(layers, key=lambda layer: layer.left)
@@ -124,7 +124,7 @@ def layer_pictures(layers: Sequence[Layer]) -> list[Picture]:
 
 
 def _layer_picture(
-    layers: Sequence[Layer], draw: Callable[[Axes, np.ndarray], None], caption: str
+    layers: Sequence[PrunableLayer], draw: Callable[[Axes, np.ndarray], None], caption: str
 ) -> Picture:
     """A horizontal bar chart with the first layer on top."""
     picture = Figure(figsize=(5.8, 0.9 + 0.21 * len(layers)), layout="constrained")

@@ -14,12 +14,13 @@ import numpy as np
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
+from feather_jax.macs import Macs
 from feather_jax.masks import path_name
 from train import checkpoint, compare, model_file, page, pictures, program
 from train.compare import Run
 from train.errors import UserError, writing
 from train.experiment import prunable_mask
-from train.inspection import Layer, histogram_of, layers_of, total_of
+from train.inspection import PrunableLayer, histogram_of, layers_of, macs_of, total_of
 from train.metrics import write_atomically
 from train.model_file import SavedModel
 
@@ -53,7 +54,9 @@ def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
     """
     model = model_file.load(run.workdir / "model.npz")
     prunable = prunable_mask(model.variables["params"], tuple(run.config["exclude"]))
-    layers = layers_of(model, prunable)
+    macs = macs_of(model)
+    layers = layers_of(model, prunable, macs)
+    total = total_of(layers)
     histogram = None
     if not run.dense:
         histogram = histogram_of(dense_params, model.variables["params"], prunable)
@@ -62,15 +65,14 @@ def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
             "report.html",
             title=_title(run),
             story=_story(run, model),
-            tiles=_tiles(run, model, total_of(layers), twin),
+            tiles=_tiles(run, model, total, macs, twin),
             curves=pictures.curve_pictures(run.records),
             weights=pictures.weight_pictures(histogram) if histogram else [],
             threshold=f"{histogram.threshold:.4g}" if histogram else "",
             p=f"{float(run.config['p']):g}",
             layer_figures=pictures.layer_pictures(layers),
             layers=layers,
-            total=total_of(layers),
-            dense=run.dense,
+            total=total,
             config=list(compare.flat(run.config).items()),
             made_with=f"{run.workdir.name}, trained with JAX {model.metadata['trained']['jax']}.",
         )
@@ -87,17 +89,20 @@ def _story(run: Run, model: SavedModel) -> str:
     """What was trained, on what and how long, in a few sentences."""
     config, trained = run.config, model.metadata["trained"]
     shape = "x".join(map(str, model.image_shape))
+    start = config["init_from"] or "scratch"
     how = f"{config['epochs']:g} epochs, {run.summary['steps']:,} updates of {config['batch_size']}"
     return (
-        f"Trained from scratch for {how} examples, on {trained['examples']:,} images of {shape} in "
+        f"Trained from {start} for {how} examples, on {trained['examples']:,} images of {shape} in "
         f"{model.metadata['num_classes']} classes, with {config['optimizer']} in "
         f"{config['compute_dtype']} on {trained['devices']}, in "
         f"{page.duration(run.summary['wall_seconds'])}."
     )
 
 
-def _tiles(run: Run, model: SavedModel, total: Layer, twin: Run | None) -> list[Tile]:
-    """Accuracy, weights, size and work, sparse and dense."""
+def _tiles(
+    run: Run, model: SavedModel, total: PrunableLayer, macs: Macs, twin: Run | None
+) -> list[Tile]:
+    """Accuracy, weights, size and work, those of a sparse run next to the dense network's."""
     examples = run.summary["eval/examples"]
     right = round(run.accuracy * examples)
     notes = [f"{right:,} of {examples:,} evaluation examples"]
@@ -106,8 +111,8 @@ def _tiles(run: Run, model: SavedModel, total: Layer, twin: Run | None) -> list[
         notes.append(f"dense twin {twin.accuracy:.2%}: {change:+.2f} points")
     dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.variables))
 
-    def times(before: float, after: float) -> str:
-        return f"{before / after:.3g} times less" if after else "nothing left"
+    def less(before: str, ratio: float) -> tuple[str, ...]:
+        return () if run.dense else (f"dense {before}: {ratio:.3g} times less",)
 
     return [
         Tile("Accuracy", f"{run.accuracy:.2%}", tuple(notes)),
@@ -122,12 +127,12 @@ def _tiles(run: Run, model: SavedModel, total: Layer, twin: Run | None) -> list[
         Tile(
             "Model file",
             page.size(run.model_bytes),
-            (f"dense {page.size(dense_bytes)}: {times(dense_bytes, run.model_bytes)}",),
+            less(page.size(dense_bytes), dense_bytes / run.model_bytes),
         ),
         Tile(
             "MACs for one image",
-            page.short(total.sparse_macs),
-            (f"dense {page.short(total.macs)}: {times(total.macs, total.sparse_macs)}",),
+            page.short(macs.sparse_total),
+            less(page.short(macs.total), macs.total / max(macs.sparse_total, 1)),
         ),
     ]
 
@@ -140,33 +145,50 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     run = compare.read_run(arguments.workdir)
     twin = None if arguments.dense is None else compare.read_run(arguments.dense)
-    if twin is not None and not _are_twins(run, twin):
-        raise UserError(
-            f"{twin.workdir} is no dense twin of {run.workdir}; give a run of the same model and "
-            "data set with --config.sparsity=0."
-        )
+    if twin is not None:
+        _check_twin(run, twin)
     write(run, trained_params(run), twin)
     print(run.workdir / "report.html")
 
 
-def _are_twins(run: Run, twin: Run) -> bool:
-    return twin.dense and all(twin.config[name] == run.config[name] for name in ("model", "data"))
+def _check_twin(run: Run, twin: Run) -> None:
+    """Raises UserError unless the twin is dense, with the same configuration otherwise."""
+    differing = compare.differences([run, twin])
+    if differing or not twin.dense:
+        why = f"they differ in {', '.join(differing)}" if differing else "it is sparse"
+        raise UserError(
+            f"{twin.workdir} is no dense twin of {run.workdir}: {why}; give a run of the same "
+            "configuration with --config.sparsity=0."
+        )
 
 
 def trained_params(run: Run) -> PyTree:
-    """The dense weights of a run, from its newest checkpoint.
+    """The dense weights that a run ended with, from its newest checkpoint.
 
     Raises:
-      UserError: there is no checkpoint that is whole, or not this run's.
+      UserError: the newest checkpoint is not there, not whole, or not this run's.
     """
     folder = run.workdir / "checkpoints"
     found = checkpoint.newest(folder, ["variables"])
     if found is None:
         raise UserError(f"There is no checkpoint in {folder}; start the run again.")
+    if found.passed_over:
+        step, reason = next(iter(found.passed_over.items()))
+        raise UserError(
+            f"The checkpoint of step {step} in {folder} is damaged ({reason}), and older ones do "
+            "not hold the weights that model.npz was made of; start the run again to mend it."
+        )
     like = model_file.load(run.workdir / "model.npz").variables["params"]
 
-    def leaf(path: KeyPath, _: np.ndarray) -> np.ndarray:
-        return found.leaves[f"variables/params/{path_name(path)}"]
+    def leaf(path: KeyPath, finalised: np.ndarray) -> np.ndarray:
+        name = f"variables/params/{path_name(path)}"
+        trained = found.leaves.get(name)
+        if trained is None or trained.shape != finalised.shape:
+            raise UserError(
+                f"The newest checkpoint in {folder} has no {name} of shape {finalised.shape}, as "
+                "model.npz has; bring back the run's own."
+            )
+        return trained
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 

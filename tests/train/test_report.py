@@ -6,11 +6,13 @@ import pathlib
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 import feather_jax as feather
-from train import inspection, model_file, page, program, report
+from train import compare, inspection, model_file, page, program, report
+from train.errors import UserError
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -91,7 +93,7 @@ def test_the_layer_table_has_the_models_own_counts(finished_run, text):
     ]
     assert [row[0] for row in rows[1:3]] == ["stem", "stage1_block1/conv1"]
     summary = json.loads((finished_run / "summary.json").read_text())
-    assert rows[-1][0] == "All"
+    assert rows[-1][0] == "All prunable"
     assert rows[-1][2:4] == [f"{summary['prunable']:,}", f"{summary['nonzero']:,}"]
     assert not [row for row in rows if row[0] == "head"], "it was excluded from pruning"
 
@@ -101,6 +103,62 @@ def test_the_figures_at_the_head(finished_run, text):
     assert f"<dd>{summary['eval/accuracy']:.2%}</dd>" in text
     assert f"<dd>{page.size((finished_run / 'model.npz').stat().st_size)}</dd>" in text
     assert f"<dd>{summary['nonzero'] / summary['prunable']:.2%}</dd>" in text
+    assert "Trained from scratch for 8 epochs" in text
+
+
+def test_the_macs_are_those_of_the_whole_network(finished_run, text):
+    """Counted here by hand, 3 x 3 taps on 8 x 8 or 4 x 4 positions, the dense head included."""
+    positions = {"stem": 64, "stage1_block1": 64, "stage2_block1": 16, "head": 1}
+    params = feather.load(finished_run / "model.npz")["params"]
+    dense = sparse = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1].key == "kernel":
+            dense += leaf.size * positions[path[0].key]
+            sparse += np.count_nonzero(leaf) * positions[path[0].key]
+    assert f"<dd>{page.short(sparse)}</dd><dd>dense {page.short(dense)}: " in text
+
+
+def test_every_cell_of_the_layer_table_but_the_name_has_a_number_to_sort_by(text):
+    (body,) = re.findall(r"<tbody>(.*?)</tbody>", text, re.DOTALL)
+    for row in body.strip().splitlines():
+        assert [float(value) for value in re.findall(r'data-value="(.*?)"', row)]
+        assert row.count("data-value") == row.count("<td") - 1 == 6
+
+
+def with_config(folder: pathlib.Path, **values: object) -> pathlib.Path:
+    """A run's folder with other values in its config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+def test_a_dense_run_is_next_to_nothing(finished_run, tmp_path):
+    run = compare.read_run(with_config(shutil.copytree(finished_run, tmp_path / "r"), sparsity=0.0))
+    params = feather.load(finished_run / "model.npz")["params"]
+    report.write(run, params)
+    text = (run.workdir / "report.html").read_text()
+    assert "<h1>resnet8 on digits, dense</h1>" in text
+    assert "times less" not in text
+    assert "around the threshold" not in text
+    assert len([tag for tag, _ in Page(text).elements if tag == "svg"]) == 6 + 2
+
+
+def test_a_run_that_started_from_another_says_so(finished_run, tmp_path):
+    folder = with_config(shutil.copytree(finished_run, tmp_path / "r"), init_from="runs/<first>")
+    report.write(compare.read_run(folder), feather.load(finished_run / "model.npz")["params"])
+    text = (folder / "report.html").read_text()
+    assert "Trained from runs/&lt;first&gt; for 8 epochs" in text
+    assert "from scratch" not in text
+
+
+def test_a_twin_has_the_whole_configuration(finished_run, tmp_path, capsys):
+    other = shutil.copytree(finished_run, tmp_path / "other")
+    with_config(other, sparsity=0.0, seed=1, p=1.0, prune_end=1.0, log_every_steps=3)
+    read = compare.read_run(finished_run), compare.read_run(other)
+    assert compare.differences(read) == []
+    with_config(other, epochs=4.0, label_smoothing=0.1)
+    assert program.run(lambda: report.main([str(finished_run), "--dense", str(other)])) == 2
+    assert "they differ in epochs, label_smoothing; give" in capsys.readouterr().err
 
 
 def test_the_program_writes_it_anew_beside_the_dense_twin(finished_run, tmp_path, capsys):
@@ -178,6 +236,35 @@ def test_what_comes_from_outside_is_escaped():
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
     assert "<i>" not in text
+
+
+def test_a_damaged_newest_checkpoint_is_one_sentence(finished_run, tmp_path, capsys):
+    """An older one holds other weights than those that model.npz was made of."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    before = (run / "report.html").read_bytes()
+    newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.copytree(newest, newest.with_name("1"))
+    shutil.rmtree(newest / "variables")
+    assert program.run(lambda: report.main([str(run)])) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert f"The checkpoint of step {newest.name}" in printed
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_another_models_checkpoint_is_one_sentence(finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    variables = feather.load(run / "model.npz")
+    metadata = feather.load_metadata(run / "model.npz") | {"model": {"name": "resnet8"}}
+    variables["params"]["stem"]["kernel"] = np.zeros((3, 3, 1, 5), np.float32)
+    feather.save(run / "model.npz", variables, metadata)
+    saved = model_file.SavedModel(run / "model.npz", None, variables, metadata)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, "load", lambda path: saved)
+        with pytest.raises(
+            UserError, match=r"no variables/params/stem/kernel of shape \(3, 3, 1, 5"
+        ):
+            report.trained_params(compare.read_run(run))
 
 
 def test_a_missing_checkpoint_is_one_sentence(finished_run, tmp_path, capsys):
