@@ -1,9 +1,14 @@
 """ImageNet: JPEGs read, decoded and cropped by Grain's workers or threads."""
 
+import contextlib
 import functools
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Generator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing import resource_tracker
 
 import cv2
 import grain
@@ -19,6 +24,9 @@ from train.data.prepared import Prepared, Records
 from train.data.spec import KNOWN, Spec
 
 _MAX_THREADS = 16
+
+# A terminal and Slurm send these to every process of a job; what to do is the parent's to decide.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def data_set(spec: Spec, prepared: Prepared, train_order: Order, eval_order: Order) -> DataSet:
@@ -62,12 +70,45 @@ def _batches(
         grain.MapDataset.range(start, stop)
         .map(make)
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-        .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
     )
     try:
+        with _held_back() if workers else contextlib.nullcontext():
+            first = next(batches, None)  # which starts the workers
+        if first is not None:
+            yield first
         yield from batches
     finally:
         batches.close()
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Ties a worker process to its parent: it outlives signals to all, and not the parent."""
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Processes that are started here hold `_SIGNALS` back, till `_begin_worker` ignores them.
+
+    Starting takes seconds. In this process, the other threads take the signals meanwhile.
+    """
+    resource_tracker.ensure_running()  # Python 3.11 would let them through again when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _train_batch(records: Records, order: Order, spec: Spec, step: int) -> Batch:

@@ -1,5 +1,11 @@
 """ImageNet's batches: the same from any number of processes, workers and interruptions."""
 
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
@@ -65,6 +71,46 @@ def test_workers_change_nothing(small_imagenet):
     resumed = take(load(small_imagenet, workers=2).train_batches(4), 3)
     check_equal(resumed, whole[3:])
     check_equal(list(load(small_imagenet, workers=2).eval_batches()), list(without.eval_batches()))
+
+
+PARENT = """
+import multiprocessing, os, signal, sys
+from train import data
+
+if __name__ == "__main__":
+    batches = data.load({spec!r}, batch_size=6, seed=3).train_batches(1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, signum)
+    for _ in range(20):
+        next(batches)
+    print(worker.pid, worker.is_alive(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_outlives_signals_to_all_and_not_its_parent(small_imagenet, tmp_path):
+    spec = SPEC | {"data_dir": str(small_imagenet), "workers": 1}
+    (tmp_path / "parent.py").write_text(PARENT.format(spec=spec))
+    root = pathlib.Path(data.__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    worker, alive = parent.stdout.readline().split()
+    assert alive == "True"
+    parent.kill()
+    parent.communicate(timeout=30)  # an orphan would hold its pipe
+    deadline = time.monotonic() + 10
+    while pathlib.Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    status = pathlib.Path(f"/proc/{worker}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 def test_batches_are_as_the_contract_has_them(small_imagenet):
