@@ -134,7 +134,8 @@ def save(
 ) -> None:
     """Saves the state after the metrics that led to it.
 
-    Where there is no room, training goes on, and the next checkpoint is tried again.
+    Where there is no room, training goes on, and the next checkpoint is tried again. That the one
+    before failed, which shows here, is no reason not to try this one.
 
     Raises:
       StorageError: it was not written, and `or_stop` says that it has to be, or the other
@@ -144,6 +145,12 @@ def save(
     try:
         if log is not None:
             log.sync()
+        try:
+            checkpoints.wait()
+        except StorageError as error:
+            if jax.process_count() > 1:
+                raise
+            say(f"{error} The present state is tried in its place.")
         checkpoints.save(state, {"wall_seconds": clock.wall_seconds()})
         if or_stop:
             checkpoints.wait()
@@ -186,9 +193,8 @@ def finish(
         **evaluation,
         "wall_seconds": clock.wall_seconds(),
     }
-    if parallel.is_first():
+    if log is not None:  # on the first process alone
         model_file.save(workdir / "model.npz", built, variables, counts, evaluation)
-    if log is not None:
         run = Run(workdir, built.config.as_dict(), summary, log.records)
         report.write(run, jax.device_get(state.params))
         title = f"{built.config.model['name']} on {built.data.name}, {counts.sparsity:.1%} sparse"
@@ -200,4 +206,5 @@ def finish(
         f"{evaluation['eval/accuracy']:.2%} of {evaluation['eval/examples']} evaluation examples "
         f"right; {summary['wall_seconds']:.0f} s in all; everything is in {workdir}."
     )
+    parallel.gather(0)  # who left before would take the first process down, in its writing
     return summary

@@ -48,8 +48,9 @@ def start(
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts the program as a process of its own: start(*arguments, devices=1, fault=None).
 
-    `fault` is a signal and a step, such as ("SIGKILL", 20) (see fault.py). Processes that
-    tests leave running are killed.
+    `fault` is a signal and a step, such as ("SIGKILL", 20) (see fault.py). With
+    `start_new_session` it leads a process group of its own, workers included. Processes that tests
+    leave running are killed.
     """
     processes = []
 
@@ -57,6 +58,7 @@ def start(
         *arguments: object,
         devices: int = 1,
         fault: tuple[str, int] | None = None,
+        start_new_session: bool = False,
         **environment: str,
     ) -> subprocess.Popen[str]:
         program = ["-m", "train.main"] if fault is None else [str(FAULT), fault[0], str(fault[1])]
@@ -67,6 +69,7 @@ def start(
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            start_new_session=start_new_session,
             env=inherited
             | {
                 "PYTHONPATH": str(ROOT),

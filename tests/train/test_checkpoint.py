@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from train import checkpoint
+from train import checkpoint, loop, progress
 from train.checkpoint import Checkpoints
 from train.errors import StorageError, UserError
 from train.step import TrainState
@@ -309,6 +310,23 @@ def test_a_full_disk_loses_nothing_and_the_next_save_works(tiny_disk):
     checkpoints.close()
     assert_same(restored(folder)[0], 4)
     assert checkpoint.unfinished(folder) == []
+
+
+def test_that_the_save_before_failed_does_not_cost_the_last_one(tiny_disk):
+    """There is room again when the run is stopped: its state is saved, and the failure told."""
+    folder = tiny_disk(4_000_000) / "checkpoints"
+    checkpoints = Checkpoints(folder, 2)
+    fill(folder.parent / "filler")
+    checkpoints.save(state_at(1), {})
+    time.sleep(0.5)  # so that it fails
+    (folder.parent / "filler").unlink()
+    said = []
+    loop.save(checkpoints, state_at(2), None, progress.Clock(), said.append, or_stop=True)
+    assert_same(restored(folder)[0], 2)
+    (line,) = said
+    assert "step 1 could not be written" in line
+    assert line.endswith("The present state is tried in its place.")
+    checkpoints.close()
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
