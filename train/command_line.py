@@ -107,7 +107,14 @@ def load(path: pathlib.Path) -> ml_collections.ConfigDict:
     Raises:
       UserError: there is no such file, it raises, or it gives no mapping.
     """
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name may be too long, or not ours to look up
+        raise UserError(
+            f"--config is {str(path)!r}, which cannot be read ({error.strerror}); give a file such "
+            "as configs/digits.py."
+        ) from error
+    if not is_file:
         raise UserError(f"--config is {str(path)!r}, and there is no such file.")
     try:
         path.read_text(encoding="utf-8")  # Python itself lets bytes of anything pass in a comment
@@ -125,13 +132,18 @@ def load(path: pathlib.Path) -> ml_collections.ConfigDict:
             f"{path} raised {type(error).__name__}{_where(error, path)}: "
             f"{_sentence(error, 'correct the file')}"
         ) from error
-    if isinstance(config, Mapping):
-        config = ml_collections.ConfigDict(config)
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
         raise UserError(
             f"get_config() of {path} returned {config!r}; let it return an "
             "ml_collections.ConfigDict, as those in configs/ do."
         )
+    try:
+        config = ml_collections.ConfigDict(config)
+        config_lib.checked_plain(config)
+    except ValueError as error:  # a key has a dot
+        raise UserError(f"{path}: {_sentence(error, 'rename it')}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return config
 
 
@@ -157,7 +169,8 @@ def changed(
     except flags.Error as error:
         remedy = "give a value of the type that the field has in the config file"
         raise UserError(_sentence(error, remedy)) from error
-    except (KeyError, AttributeError, TypeError) as error:  # ml_collections', for a path of fields
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        # ml_collections', for a path of fields.
         remedy = "see the config file and --help for the fields"
         raise UserError(f"{' '.join(arguments)}: {_sentence(error, remedy)}") from error
     return holder.value

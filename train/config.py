@@ -9,6 +9,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_collections
+
 from train.errors import UserError
 
 
@@ -134,7 +136,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     Raises:
       UserError: a field is unknown, missing, of another type or out of its range.
     """
-    given = plain(values)
+    given = checked_plain(values)
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in given:
         if name not in fields:
@@ -148,6 +150,44 @@ def parse(values: Mapping[str, Any]) -> Config:
     config = Config(**{name: _coerce(name, value, hints[name]) for name, value in given.items()})
     _check(config)
     return config
+
+
+def checked_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`plain(values)`, all of whose keys are strings.
+
+    Raises:
+      UserError: a key is not, a value holds itself, or is a placeholder.
+    """
+    try:
+        given = plain(values)
+    except RecursionError as error:
+        raise UserError(
+            "The configuration holds itself; give values that JSON can hold."
+        ) from error
+    except TypeError as error:  # ml_collections sorts keys
+        raise UserError(
+            f"The configuration has keys of several types ({error}); give it names, which are "
+            "strings."
+        ) from error
+    except ml_collections.config_dict.RequiredValueError as error:
+        raise UserError(
+            "The configuration has a required_placeholder; give a value in its place, or leave the "
+            "field out of the file and give --config.FIELD=VALUE."
+        ) from error
+    _check_keys("config", given)
+    return given
+
+
+def _check_keys(path: str, value: Any) -> None:
+    """Raises UserError where a mapping within `value` has a key that is no string."""
+    if isinstance(value, list):
+        for item in value:
+            _check_keys(path, item)
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise UserError(f"{path} has the key {name!r}; give it names, which are strings.")
+            _check_keys(f"{path}.{name}", item)
 
 
 def plain(value: Any) -> Any:
@@ -256,7 +296,7 @@ def steps(config: Config, num_train: int) -> Steps:
       num_train: the number of training examples.
 
     Raises:
-      UserError: a batch is larger than the data set.
+      UserError: a batch is larger than the data set, or warm-up takes all updates.
     """
     per_epoch = num_train // config.batch_size
     if not per_epoch:
@@ -273,11 +313,17 @@ def steps(config: Config, num_train: int) -> Steps:
             f"config.epochs is {config.epochs}, which is {updates(config.epochs):.2g} updates; "
             "choose fewer, so that there are less than 2**31."
         )
+    total, warmup = max(updates(config.epochs), 1), updates(config.warmup_epochs)
+    if warmup >= total:
+        raise UserError(
+            f"config.warmup_epochs is {config.warmup_epochs}, which is {warmup} of all {total} "
+            "updates; choose it shorter, or a larger config.epochs."
+        )
     prune_end = config.epochs / 2 if config.prune_end is None else config.prune_end
     return Steps(
         per_epoch=per_epoch,
-        total=max(updates(config.epochs), 1),
-        warmup=updates(config.warmup_epochs),
+        total=total,
+        warmup=warmup,
         prune_begin=updates(config.prune_begin),
         prune_end=updates(prune_end),
         eval_every=max(updates(config.eval_every_epochs), 1),

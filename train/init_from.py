@@ -54,9 +54,16 @@ def with_variables_of(
 
 def _read(source: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The variables in `source` by name, such as `params/head/kernel`."""
-    if source.is_file():
+    try:
+        is_file, is_workdir = source.is_file(), (source / "checkpoints").is_dir()
+    except OSError as error:  # a name may be too long, or not ours to look up
+        raise UserError(
+            f"config.init_from is {str(source)!r}, which cannot be read ({error.strerror}); give a "
+            "model.npz or the workdir of a run."
+        ) from error
+    if is_file:
         return checkpoint.named_leaves(_read_file(source))
-    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    folder = source / "checkpoints" if is_workdir else source
     if not folder.is_dir():
         raise UserError(
             f"config.init_from is {str(source)!r}, and there is no such file or folder; give a "

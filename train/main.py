@@ -35,7 +35,11 @@ def main(argv: Sequence[str]) -> int:
         print(interrupted, file=sys.stderr)
         return 128 + interrupted.signum
     except KeyboardInterrupt:
-        print("Stopped by SIGINT before training began; nothing was lost.", file=sys.stderr)
+        print(
+            "Stopped by SIGINT; the same command goes on from the newest checkpoint, if there is "
+            "one.",
+            file=sys.stderr,
+        )
         return 130
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:

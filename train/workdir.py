@@ -29,7 +29,9 @@ def check_same_run(config: Config, workdir: pathlib.Path) -> None:
     if is_file:
         raise UserError(f"--workdir is {str(workdir)!r}, which is a file; give a folder.")
     path = workdir / "config.json"
-    if not path.exists():
+    with writing(workdir):
+        exists = path.exists()
+    if not exists:
         return
     try:
         was = dict(json.loads(path.read_text(encoding="utf-8")))

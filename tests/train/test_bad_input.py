@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import cv2
+import numpy as np
 import pytest
 
 from train.main import main
@@ -22,6 +24,15 @@ FILES = {
     "wants_more.py": "def get_config(name):\n    return {}\n",
     "imports.py": "import nonesuch\n",
     "empty.py": HEAD + "    return ml_collections.ConfigDict()\n",
+    "key_1.py": HEAD + "    return {1: 2}\n",
+    "keys_mixed.py": HEAD + "    return {1: 2, 'seed': 3}\n",
+    "key_in_data.py": HEAD + "    return {'data': {3: 4}}\n",
+    "key_with_dot.py": HEAD + "    return {'a.b': 2}\n",
+    "cycle.py": HEAD + "    c = {}\n    c['c'] = c\n    return c\n",
+    "cycle_in_list.py": HEAD + "    c = []\n    c.append(c)\n    return {'data': c}\n",
+    "placeholder.py": HEAD
+    + "    seed = ml_collections.config_dict.required_placeholder(int)\n"
+    + "    return ml_collections.ConfigDict({'seed': seed})\n",
     "not_a_model.npz": "x",
 }
 
@@ -92,6 +103,22 @@ CHANGES = [
     (["--config.init_from=/nonesuch"], "'/nonesuch', and there is no such file or folder"),
     (["--config.init_from=FILES/not_a_model.npz"], "not_a_model.npz is damaged"),
     (["--config.init_from=FILES"], "there is no checkpoint in"),
+    ([f"--config.init_from={'x' * 300}"], "x', (which cannot be read|and there is no such)"),
+    (["--config.model.hidden[0]=3"], r"hidden\[0\]=3: .*see the config file"),
+    (["--config.model.hidden[9]=3"], r"hidden\[9\]=3: .*see the config file"),
+    (["--config..seed=1"], r"--config\.\.seed=1: "),
+    (["--config."], r"--config\.: "),
+    (["--config.seed.=1"], r"--config\.seed\.=1: "),
+    (['--config.data={"name": "digits", 3: 4}'], "keys of several types"),
+    (["--config.data[name]=3"], "keys of several types"),
+    (
+        ["--config.epochs=0.05", "--config.warmup_epochs=0.04"],
+        "warmup_epochs is 0.04, which is 1 of all 1 updates",
+    ),
+    (
+        ['--config.model={"name": "densenet40", "reduction": 0.001}'],
+        "reduction is 0.001, which leaves none of 192 channels",
+    ),
 ]
 
 # whole command lines
@@ -102,6 +129,10 @@ COMMANDS = [
     (["--workdir", "NEW", "--config"], "Missing value for flag --config"),
     (["--config", "nonesuch.py", "--workdir", "NEW"], "'nonesuch.py', and there is no such file"),
     (["--config", "FILES", "--workdir", "NEW"], "there is no such file"),
+    (
+        ["--config", "x" * 300, "--workdir", "NEW"],
+        "x', (which cannot be read|and there is no such)",
+    ),
     (["--config", "SMALL", "--workdir", "gs://bucket/run"], "'gs://bucket/run'.*mount"),
     (["--config", "SMALL", "--workdir", "SMALL"], "small.py', which is a file"),
     (["--config", "SMALL", "--workdir", "SMALL/run"], r"cannot be written \(Not a directory\)"),
@@ -120,6 +151,13 @@ COMMANDS = [
             ("returns_3.py", "returned 3; let it return"),
             ("wants_more.py", "missing 1 required positional argument: 'name'"),
             ("imports.py", "No module named 'nonesuch'"),
+            ("key_1.py", "config has the key 1"),
+            ("keys_mixed.py", "keys of several types"),
+            ("key_in_data.py", "config.data has the key 3"),
+            ("key_with_dot.py", "a.b contains one; rename it"),
+            ("cycle.py", "holds itself"),
+            ("cycle_in_list.py", "holds itself"),
+            ("placeholder.py", "required_placeholder; give a value"),
         ]
     ],
     (["--config", "FILES/empty.py", "--workdir", "NEW"], "lacks the field 'data'"),
@@ -216,6 +254,81 @@ def test_another_configuration_on_an_old_workdir_names_what_differs(folder, caps
     (folder / "run" / "config.json").write_text("{")
     assert main([*run, *short]) == 2
     assert_one_sentence(capsys.readouterr().err, "config.json cannot be read")
+
+
+def test_a_workdir_that_may_not_be_searched_is_a_sentence(folder, monkeypatch, capsys):
+    """Root may search everything, so the system's refusal is a pretended one."""
+    exists = pathlib.Path.exists
+
+    def refused(path):
+        if path.name == "config.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(pathlib.Path, "exists", refused)
+    arguments = filled_in(["--config", "SMALL", "--workdir", "NEW"], folder)
+    assert main(["train.main", *arguments]) == 2
+    assert_one_sentence(capsys.readouterr().err, r"run cannot be written \(Permission denied\)")
+
+
+def png(fill: int) -> bytes:
+    return cv2.imencode(".png", np.full((32, 32, 3), fill, np.uint8))[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"image": b"no image"}, "Record 3 of cifar10's split 'train' in .* is not an image; "),
+        ({"label": 10}, r"Record 3 of .* has label 10, not one in \[0, 10\); "),
+        (None, "cifar10 in .* has no examples in its split 'test'; "),
+    ],
+)
+def test_bad_data_in_memory_is_a_sentence(
+    folder, write_prepared, monkeypatch, capsys, change, what
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    train = [{"image": png(i), "label": i % 10} for i in range(20)]
+    train[3] |= change or {}
+    splits = {"train": train, "test": train[:2] if change else []}
+    write_prepared(folder / "files" / "data", "cifar10", splits)
+    data = {"name": "cifar10", "mean": (0.5,) * 3, "std": (0.2,) * 3, "data_dir": "files/data"}
+    before = everything(folder)
+    arguments = ["--config", "SMALL", "--workdir", "NEW", f"--config.data={data}"]
+    status = main(["train.main", *filled_in([*arguments, "--config.batch_size=8"], folder)])
+    assert_one_sentence(capsys.readouterr().err, what + "delete .*`python -m train.prepare cifar10")
+    assert status == 2
+    assert everything(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"image": b"no image"}, "Record 2 of imagenet2012's split 'train' in .* is damaged "),
+        ({"label": 1000}, r"Record 2 of .* has label 1000, not one in \[0, 1000\); "),
+        (None, "imagenet2012 in .* has no examples in its split 'validation'; "),
+    ],
+)
+def test_bad_data_in_records_is_a_sentence(
+    folder, write_prepared, jpeg_photographs, capsys, change, what
+):
+    """ImageNet's records are read as training goes, so the run's folder is there by then."""
+    train = [{"image": image, "label": 1} for image in jpeg_photographs[:8]]
+    train[2] |= change or {}
+    splits = {"train": train, "validation": train[:2] if change else []}
+    write_prepared(folder / "files" / "data", "imagenet2012", splits)
+    data = {
+        "name": "imagenet2012",
+        "mean": (0.5,) * 3,
+        "std": (0.2,) * 3,
+        "image_size": 32,
+        "data_dir": "files/data",
+    }
+    arguments = ["--config", "SMALL", "--workdir", "NEW", f"--config.data={data}"]
+    status = main(["train.main", *filled_in([*arguments, "--config.batch_size=8"], folder)])
+    stderr = capsys.readouterr().err.splitlines()  # with the progress bar before it
+    assert_one_sentence(f"{stderr[-1]}\n", what)
+    assert "Traceback" not in "".join(stderr)
+    assert status == 2
 
 
 def test_help_is_a_page_that_names_every_field(capsys):

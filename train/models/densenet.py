@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from train.errors import UserError
 from train.models.layers import check_images, classify, conv, pool_globally, uniform_fan_in
 from train.models.norm import BatchNorm
 
@@ -56,6 +57,11 @@ class DenseNet(nn.Module):
                 x = jnp.concatenate([x, y], axis=-1)
             if block < 3:
                 kept = int(x.shape[-1] * self.reduction)
+                if not kept:
+                    raise UserError(
+                        f"config.model.reduction is {self.reduction}, which leaves none of "
+                        f"{x.shape[-1]} channels; choose a larger one."
+                    )
                 x = activate(x, f"transition{block}")
                 x = conv(kept, 1, dtype=self.dtype, name=f"transition{block}")(x)
                 x = nn.avg_pool(x, (2, 2), (2, 2))
