@@ -65,12 +65,7 @@ def build(config: Config) -> Experiment:
         process_count=jax.process_count(),
     )
     steps = config_lib.steps(config, data.num_train)
-    dtype = jnp.dtype(config.compute_dtype)
-    if dtype != jax.dtypes.canonicalize_dtype(dtype):
-        raise UserError(
-            "config.compute_dtype is 'float64', for which JAX_ENABLE_X64=1 must be in the "
-            "environment; set it, or choose 'float32'."
-        )
+    dtype = usable_dtype(config.compute_dtype, "config.compute_dtype")
     model = models.build(config.model, num_classes=data.num_classes, dtype=dtype)
 
     variables = jax.eval_shape(lambda: initial_variables(model, data.image_shape, config.seed))
@@ -110,6 +105,25 @@ def build(config: Config) -> Experiment:
         ),
         eval_step=make_eval_step(model, data.eval_preprocess),
     )
+
+
+def usable_dtype(name: str, where: str) -> jnp.dtype:
+    """The dtype that a network computes in.
+
+    Args:
+      name: "float32", "bfloat16" or "float64".
+      where: what says so, for the error.
+
+    Raises:
+      UserError: it is float64, and JAX would compute in float32 instead.
+    """
+    dtype = jnp.dtype(name)
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):
+        raise UserError(
+            f"{where} is {name!r}, for which JAX_ENABLE_X64=1 must be in the environment; set it, "
+            "or train in 'float32'."
+        )
+    return dtype
 
 
 def initial_variables(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyTree:

@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from feather_jax import compact
-from feather_jax.masks import path_name
+from feather_jax.masks import is_floating, path_name
 from feather_jax.summary import Summary
 from train import models
 from train.config import plain
 from train.data import augment, spec
 from train.errors import UserError, writing
-from train.experiment import Experiment
+from train.experiment import Experiment, usable_dtype
 
 VERSION = 1
 
@@ -126,8 +126,8 @@ def load(path: pathlib.Path) -> SavedModel:
     Nothing is unpickled, and nothing imported that the file names.
 
     Raises:
-      UserError: there is no such file, it is damaged or not of `save`, or its variables are not
-        those of the network that it names.
+      UserError: there is no such file, it is damaged or not of `save`, its variables are not those
+        of the network that it names, or it computes in float64 and JAX does not.
     """
     try:
         metadata = compact.load_metadata(path)
@@ -137,12 +137,9 @@ def load(path: pathlib.Path) -> SavedModel:
     except ValueError as error:
         raise UserError(str(error)) from error
     _check_metadata(path, metadata)
+    dtype = usable_dtype(metadata["compute_dtype"], f"{path}'s compute_dtype")
     try:
-        network = models.build(
-            metadata["model"],
-            num_classes=metadata["num_classes"],
-            dtype=jnp.dtype(metadata["compute_dtype"]),
-        )
+        network = models.build(metadata["model"], num_classes=metadata["num_classes"], dtype=dtype)
     except UserError as error:
         raise UserError(f"{path} holds a network that is not known here: {error}") from error
     model = SavedModel(path, network, variables, metadata)
@@ -163,10 +160,13 @@ def _check_metadata(path: pathlib.Path, metadata: dict[str, Any]) -> None:
     ]
     if not wrong:
         values = metadata["preprocessing"]
-        shape, mean, std = (values.get(name) for name in ("image_shape", "mean", "std"))
-        whole = _are(int, shape, 3) and min(shape) > 0 and metadata["num_classes"] > 0
-        if not (whole and _are((int, float), mean, shape[2]) and _are((int, float), std, shape[2])):
-            wrong = ["preprocessing"]
+        shape = values.get("image_shape")
+        if not _is_image_shape(shape) or not all(
+            spec.are_channel_values(key, values.get(key), shape[2]) for key in ("mean", "std")
+        ):
+            wrong.append("preprocessing")
+        if metadata["num_classes"] < 1:
+            wrong.append("num_classes")
         if metadata["compute_dtype"] not in ("float32", "bfloat16", "float64"):
             wrong.append("compute_dtype")
     if wrong:
@@ -176,11 +176,12 @@ def _check_metadata(path: pathlib.Path, metadata: dict[str, Any]) -> None:
         )
 
 
-def _are(kind: type | tuple[type, ...], values: Any, length: int) -> bool:
+def _is_image_shape(value: Any) -> bool:
+    """Whether it is [height, width, channels], as JSON has it."""
     return (
-        isinstance(values, list)
-        and len(values) == length
-        and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(size) is int and size > 0 for size in value)
     )
 
 
@@ -210,6 +211,11 @@ def _fitting(model: SavedModel) -> PyTree:
             raise UserError(
                 f"{model.path} does not hold a {model.metadata['model']['name']} as it says: "
                 f"{name} is {has} there and {wants} in the network; save the model again."
+            )
+        if not is_floating(found[name]):
+            raise UserError(
+                f"{model.path} holds {name} as {found[name].dtype}, and the network computes with "
+                "real floating-point numbers; save the model again."
             )
 
     def fit(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -91,9 +91,12 @@ def parse(data: Mapping[str, Any]) -> Spec:
         )
     fields = dict(data)
     for key in ("mean", "std"):
-        fields[key] = _channel_values(key, data.get(key), known.channels)
-    if min(fields["std"]) <= 0:
-        raise UserError(f"data.std is {fields['std']}; give positive numbers.")
+        if not are_channel_values(key, values := data.get(key), known.channels):
+            kind = "positive number(s)" if key == "std" else "number(s)"
+            raise UserError(
+                f"data.{key} is {values!r}; give {known.channels} {kind}, one a channel."
+            )
+        fields[key] = tuple(map(float, data[key]))
     spec = Spec(**fields)
     _expect("data_dir", spec.data_dir, str, "a path, or '' for TFDS's default")
     _expect("flip", spec.flip, bool, "True or False")
@@ -114,12 +117,11 @@ def _expect(key: str, value: Any, kind: type, remedy: str) -> None:
         raise UserError(f"data.{key} is {value!r}; it must be {remedy}.")
 
 
-def _channel_values(key: str, values: Any, channels: int) -> tuple[float, ...]:
-    numbers = (
+def are_channel_values(key: str, values: Any, channels: int) -> bool:
+    """Whether `values` are finite numbers, one a channel, and above 0 if they are the "std"."""
+    return (
         isinstance(values, list | tuple)
         and len(values) == channels
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        and all(math.isfinite(v) and (key != "std" or v > 0) for v in values)
     )
-    if not numbers:
-        raise UserError(f"data.{key} is {values!r}; give {channels} number(s), one a channel.")
-    return tuple(map(float, values))

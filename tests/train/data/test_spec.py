@@ -25,7 +25,7 @@ IMAGENET = {"name": "imagenet2012", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0
         (DIGITS | {"mean": ("0.3",)}, "data.mean"),
         (DIGITS | {"mean": (float("nan"),)}, "data.mean"),
         (DIGITS | {"std": (0.0,)}, "data.std .* positive"),
-        (IMAGENET | {"std": (0.5,)}, "give 3 number"),
+        (IMAGENET | {"std": (0.5,)}, "give 3 positive number"),
         (DIGITS | {"crop_padding": True}, "data.crop_padding is True; it must be an integer"),
         (DIGITS | {"crop_padding": 1.0}, "data.crop_padding is 1.0"),
         (DIGITS | {"crop_padding": -1}, "data.crop_padding is -1; choose it between 0 and 8"),
