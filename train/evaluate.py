@@ -1,6 +1,5 @@
 """Evaluates a model file: python -m train.evaluate --model runs/digits/model.npz"""
 
-import math
 import pathlib
 import sys
 from collections import deque
@@ -69,7 +68,8 @@ def evaluate_model(model: SavedModel, data: DataSet) -> dict[str, float]:
 def open_data(model: SavedModel, name: str | None = None, data_dir: str | None = None) -> DataSet:
     """The data set that a model was trained on, or another one, preprocessed as the model wants it.
 
-    Batches are the run's, or as little larger as the devices need to share them equally.
+    Batches are the run's, or as little smaller as the devices need to share them equally: larger
+    ones need not fit the training split.
 
     Args:
       model: the model.
@@ -95,9 +95,10 @@ def open_data(model: SavedModel, name: str | None = None, data_dir: str | None =
     given = {} if data_dir is None else {"data_dir": data_dir}
     preprocessing = {key: model.metadata["preprocessing"][key] for key in ("mean", "std")}
     devices = jax.device_count()
+    shares = max(model.metadata["batch_size"] // devices, 1)
     return data_lib.load(
         {**own, **given, **preprocessing},
-        batch_size=math.ceil(model.metadata["batch_size"] / devices) * devices,
+        batch_size=shares * devices,
         seed=0,
     )
 

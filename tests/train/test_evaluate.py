@@ -88,6 +88,9 @@ def changed(model: pathlib.Path, path: pathlib.Path, metadata: dict) -> pathlib.
 def bad_files(model: pathlib.Path, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     variables = feather.load(model)
     del variables["params"]["stem"]
+    complex_ones = jax.tree.map(lambda leaf: leaf.astype(np.complex64), feather.load(model))
+    feather.save(folder / "complex.npz", complex_ones, feather.load_metadata(model))
+    preprocessing = feather.load_metadata(model)["preprocessing"]
     (folder / "text.npz").write_text("nothing of ours")
     (folder / "cut.npz").write_bytes(model.read_bytes()[:-100])
     np.savez(folder / "foreign.npz", weights=np.zeros(3))
@@ -108,6 +111,14 @@ def bad_files(model: pathlib.Path, folder: pathlib.Path) -> dict[str, pathlib.Pa
         "lacks preprocessing": changed(
             model, folder / "mean.npz", {"preprocessing": {"mean": [1.0]}}
         ),
+        "lacks preprocessing or": changed(
+            model, folder / "std.npz", {"preprocessing": preprocessing | {"std": [0.0]}}
+        ),
+        "lacks num_classes": changed(model, folder / "classes.npz", {"num_classes": 0}),
+        "'float64', for which JAX_ENABLE_X64=1": changed(
+            model, folder / "double.npz", {"compute_dtype": "float64"}
+        ),
+        "as complex64": folder / "complex.npz",
         "save it again": folder / "cut.npz",
     }
 
@@ -131,7 +142,11 @@ def test_a_wrong_argument_is_one_sentence(capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_every_device_count_evaluates_every_example(model):
-    data = evaluate.open_data(model_file.load(model))
+@pytest.mark.parametrize("batch_size", [1437, 64, 5])
+def test_every_device_count_evaluates_every_example(model, batch_size):
+    """1437 is the whole training split, which 8 devices cannot share equally."""
+    saved = model_file.load(model)
+    saved = dataclasses.replace(saved, metadata=saved.metadata | {"batch_size": batch_size})
+    data = evaluate.open_data(saved)
     assert sum(int(batch["mask"].sum()) for batch in data.eval_batches()) == data.num_eval
     assert next(iter(data.eval_batches()))["image"].shape[0] % jax.device_count() == 0
