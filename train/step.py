@@ -67,13 +67,12 @@ def make_train_step(
         keys = example_keys(seed, state.step, batch["index"])
         images = preprocess(batch["image"], keys)
 
-        weights, straight_through = state.params, lambda cotangents: (cotangents,)
-        threshold_argument, pruning_metrics = {}, {}
+        weights, threshold_argument, pruning_metrics = state.params, {}, {}
         if prune is not None:
             threshold = prune.threshold(state.params, state.step)
-            weights, straight_through = jax.vjp(
-                lambda params: prune.sparsify(params, threshold), state.params
-            )
+            # Its derivative is the identity, straight through: the gradient with respect to these
+            # weights is the one with respect to the dense ones.
+            weights = prune.sparsify(state.params, threshold)
             threshold_argument = {"threshold": threshold}
             pruning_metrics = {
                 "threshold": threshold,
@@ -92,7 +91,6 @@ def make_train_step(
         grads, batch_stats, metrics = accumulate(
             loss_fn, weights, state.batch_stats, images, batch["label"], accumulate_steps
         )
-        (grads,) = straight_through(grads)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **threshold_argument)

@@ -1,5 +1,7 @@
 """The training step: the same on any number of devices, with or without Feather."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from flax import linen as nn
 
 import feather_jax as feather
-from train import parallel
+from train import config as config_lib
+from train import experiment, parallel
 from train.step import TrainState, accumulate, cross_entropy, example_keys, make_train_step
 
 BATCH, CLASSES = 16, 5
@@ -159,6 +162,75 @@ def test_accumulation_passes_statistics_from_part_to_part():
         loss_fn, jnp.ones(()), jnp.zeros(()), jnp.arange(6.0), jnp.arange(6), 3
     )
     assert (grads, statistics, metrics["loss"]) == (5.0, 15, 5.0)
+
+
+def test_the_gradient_is_the_one_through_the_operator():
+    """An update of two parts against the derivative of the loss by the dense weights."""
+    prune = feather.Feather(sparsity=0.6, end_step=0, theta=1.0)
+    batch = global_batch(0)
+    with jax.enable_x64(True):
+        step, state = setup(prune, norm=False, accumulate_steps=2)
+        new_state, metrics = jax.jit(step)(state, batch)
+        keys = example_keys(1, state.step, batch["index"])
+        images = noise_and_scale(jnp.asarray(batch["image"]), keys)
+
+        def loss(params):
+            weights = prune.sparsify(params, prune.threshold(params, 0))
+            logits = Network(norm=False).apply({"params": weights}, images, train=True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
+        expected = jax.tree.map(
+            lambda w, g: w - 0.1 * g * min(1.0, 3.0 / norm), state.params, grads
+        )
+        assert_close((new_state.params, metrics["train/loss"]), (expected, value), 1e-10)
+
+
+DIGITS = {
+    "data": {"name": "digits", "mean": [0.305], "std": [0.376], "crop_padding": 1},
+    "model": {"name": "lenet300", "hidden": [16]},
+    "batch_size": 64,
+    "epochs": 1.0,
+    "learning_rate": 0.01,
+    "sparsity": 0.9,
+    "prune_end": 0.1,
+}
+
+
+def three_steps(**changes):
+    """The program's own step on real digits: the states before and after each, and the losses."""
+    built = experiment.build(config_lib.parse(DIGITS | changes))
+    step, state = jax.jit(built.train_step), built.initial_state()
+    states, losses = [state], []
+    for _, batch in zip(range(3), built.data.train_batches(0), strict=False):
+        state, metrics = step(state, batch)
+        states.append(state)
+        losses.append(float(metrics["train/loss"]))
+    return built, jax.device_get(states), losses
+
+
+def test_the_whole_step_in_bfloat16():
+    """Products are of bfloat16, weights stay float32, the loss is float32's to its precision."""
+    built, states, losses = three_steps(compute_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype(np.float32)}
+    batch = next(built.data.train_batches(0))
+    jaxpr = str(jax.make_jaxpr(built.train_step)(states[0], batch))
+    assert re.search(r"bf16\[64,16\] = dot_general", jaxpr)
+    _, _, expected = three_steps()
+    np.testing.assert_allclose(losses, expected, rtol=0.03)
+    assert losses != expected
+
+
+def test_the_whole_step_with_adamw():
+    """Adam's first update is the learning rate in the gradient's direction, whatever its size."""
+    _, states, losses = three_steps(optimizer="adamw", weight_decay=0.1, clip_norm=0.0)
+    before, after = states[0].params["head"], states[1].params["head"]
+    np.testing.assert_allclose(np.abs(after["bias"] - before["bias"]), 0.01, rtol=1e-3)
+    moved = np.abs(after["kernel"] - before["kernel"] * (1 - 0.01 * 0.1))
+    assert np.median(moved) == pytest.approx(0.01, rel=1e-3)
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
 
 
 def test_metrics_are_those_used_in_the_update():
