@@ -53,7 +53,7 @@ def describe(model: SavedModel, exported: jax.export.Exported) -> dict[str, Any]
 
 def main(argv: Sequence[str]) -> None:
     """Writes the program and its description."""
-    parser = program.ArgumentParser("train.export", description=__doc__.splitlines()[0])
+    parser = program.ArgumentParser("train.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a model.npz")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder, made if need be")
     arguments = parser.parse_args(argv)

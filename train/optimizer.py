@@ -1,4 +1,4 @@
-"""The optimiser of a configuration: one Optax chain in the paper's order."""
+"""The optimiser of a configuration: one Optax chain, with SGD in the paper's order."""
 
 import optax
 
@@ -19,10 +19,11 @@ def learning_rate(config: Config, steps: Steps) -> optax.Schedule:
 def make_optimizer(
     config: Config, steps: Steps, prune: feather.Feather | None
 ) -> optax.GradientTransformationExtraArgs:
-    """Scaling of pruned gradients, clipping, weight decay, momentum, learning rate, in this order.
+    """Scaling of pruned gradients, clipping, and the update of SGD or of AdamW, in this order.
 
-    Weight decay is for kernels alone, the dense and the pruned ones alike, not for biases and
-    normalisation parameters.
+    SGD's is weight decay, momentum and learning rate; AdamW's is its moments, weight decay, which
+    they do not see, and learning rate. Weight decay is for kernels alone, the dense and the pruned
+    ones alike, not for biases and normalisation parameters.
 
     Args:
       config: the hyperparameters.
@@ -30,7 +31,7 @@ def make_optimizer(
       prune: None for the dense twin.
 
     References:
-      The order: Feather's released code (Glentis Georgoulakis et al., BMVC 2023).
+      The order with SGD: Feather's released code (Glentis Georgoulakis et al., BMVC 2023).
     """
     schedule = learning_rate(config, steps)
     scaling = () if prune is None else (prune.scale_gradients(),)
