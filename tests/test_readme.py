@@ -14,5 +14,13 @@ def test_python_blocks_run(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
+def test_the_first_example_prints_the_sparsity_that_it_asks_for(capsys):
+    exec(compile(BLOCKS[0], "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed if line.startswith("kernel")] == [
+        ["kernel", "784x10", "7,840", "392", "95.00%"]
+    ]
+
+
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) >= 5
