@@ -16,8 +16,17 @@ AXIS = "batch"
 
 
 def device_mesh() -> Mesh:
-    """All devices of all processes along the axis "batch"."""
-    return Mesh(np.array(jax.devices()), (AXIS,))
+    """All devices of all processes along the axis "batch", in the order that pmap gives them.
+
+    pmap goes process by process, which `jax.devices()` need not: on some TPU slices the numbers of
+    the devices interleave over hosts.
+    """
+    devices = [
+        device
+        for process in range(jax.process_count())
+        for device in jax.local_devices(process_index=process)
+    ]
+    return Mesh(np.array(devices), (AXIS,))
 
 
 def is_first() -> bool:
