@@ -4,6 +4,7 @@ import hashlib
 import os
 import pathlib
 import tempfile
+import time
 import zipfile
 
 import cv2
@@ -14,6 +15,7 @@ from train.cache import user_cache
 from train.data.memory import Arrays
 from train.data.prepared import Records, open_prepared
 
+_STALE_SECONDS = 3600  # no process takes as long to write its file
 _CHUNK = 1024  # TFDS reads many records at once three times as fast as one by one
 
 
@@ -93,6 +95,9 @@ def _read(path: pathlib.Path, made_of: str) -> Arrays | None:
 def _write(path: pathlib.Path, arrays: Arrays, made_of: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob("*.tmp"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             try:
                 np.savez(

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -111,6 +112,16 @@ def test_records_prepared_anew_replace_the_cache(cifar10, cache, tmp_path, write
 def test_a_cache_that_cannot_be_written_is_no_error(cifar10, cache):
     cache.write_text("a file where the directory would be")
     check_whole(load(cifar10))
+
+
+def test_what_a_killed_process_left_is_removed_and_not_what_another_writes(cifar10, cache):
+    folder = cache / "feather_jax" / "data"
+    folder.mkdir(parents=True)
+    for name, age in (("left.tmp", 7200), ("being_written.tmp", 10)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    load(cifar10)
+    assert {path.name for path in folder.iterdir()} == {"being_written.tmp", entry(cache).name}
 
 
 @pytest.mark.slow
