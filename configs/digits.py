@@ -3,6 +3,9 @@
   python -m train.main --config configs/digits.py --workdir runs/digits
 
 The data set is in scikit-learn's wheel: 1,797 real digits of 8x8 pixels.
+
+Aims at: 99 % accuracy; at least 97 %, and at least 98 % with --config.sparsity=0.
+Hardware: two CPU cores, 17 s with compilation.
 """
 
 import ml_collections
