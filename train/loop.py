@@ -68,12 +68,14 @@ def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = prin
         stack.enter_context(contextlib.closing(saved))
         interruption = stack.enter_context(Interruption())
         state = parallel.replicate(state, mesh)
-        state = train(built, state, mesh, log, saved, clock, interruption, say)
-        return finish(built, state, mesh, log, workdir, clock, say)
+        eval_step = parallel.on_all_devices(built.eval_step, donate_state=False)
+        state = train(built, eval_step, state, mesh, log, saved, clock, interruption, say)
+        return finish(built, eval_step, state, mesh, log, workdir, clock, say)
 
 
 def train(
     built: Experiment,
+    eval_step: Callable[..., Metrics],
     state: TrainState,
     mesh: Mesh,
     log: MetricsLog | None,
@@ -87,7 +89,6 @@ def train(
     So the device always has a step to do while the host waits, and never more than two.
     """
     train_step = parallel.on_all_devices(built.train_step, donate_state=True)
-    eval_step = parallel.on_all_devices(built.eval_step, donate_state=False)
     sparse_variables = jax.jit(lambda state: current_variables(built.prune, state))
     config, steps = built.config, built.steps
     first = int(state.step)
@@ -171,6 +172,7 @@ def current_variables(prune: feather.Feather | None, state: TrainState) -> PyTre
 
 def finish(
     built: Experiment,
+    eval_step: Callable[..., Metrics],
     state: TrainState,
     mesh: Mesh,
     log: MetricsLog | None,
@@ -181,7 +183,6 @@ def finish(
     """Finalises the weights, evaluates them and writes what a finished run leaves."""
     params = state.params if built.prune is None else jax.jit(built.prune.finalize)(state.params)
     variables = {"params": params, "batch_stats": state.batch_stats}
-    eval_step = parallel.on_all_devices(built.eval_step, donate_state=False)
     evaluation = evaluate(eval_step, variables, built.data, mesh)
     counts = feather.summarize(jax.device_get(params), prunable=built.prunable)
     summary: dict[str, Any] = {
