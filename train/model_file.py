@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
@@ -18,7 +17,7 @@ from train import models
 from train.config import plain
 from train.data import augment, spec
 from train.errors import UserError, writing
-from train.experiment import Experiment, usable_dtype
+from train.experiment import Experiment, initial_variables, usable_dtype
 
 VERSION = 1
 
@@ -191,13 +190,8 @@ def _fitting(model: SavedModel) -> PyTree:
     Raises:
       UserError: they are not the network's.
     """
-    images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-
-    def init(images: Array) -> PyTree:
-        return model.network.init(jax.random.key(0), images, train=False)
-
     try:
-        wanted = jax.eval_shape(init, images)
+        wanted = jax.eval_shape(lambda: initial_variables(model.network, model.image_shape, 0))
     except UserError as error:
         raise UserError(f"{model.path} does not fit its own network: {error}") from error
     leaves = jax.tree_util.tree_leaves_with_path(model.variables)
