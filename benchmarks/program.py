@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import feather_jax as feather
+from feather_jax.masks import prunable_leaves
 from train import config as config_lib
 from train import models, parallel
 from train.data.augment import augment_and_normalize
@@ -145,9 +146,7 @@ def running(step: Callable[..., Any], program: Program) -> Callable[[], None]:
 
 def prunable_bytes(params: PyTree) -> int:
     """Bytes of all prunable weights."""
-    mask = feather.prunable_weights(params)
-    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
-    return sum(leaf.nbytes for leaf, selected in leaves if selected)
+    return sum(leaf.nbytes for leaf in prunable_leaves(params))
 
 
 @dataclasses.dataclass(frozen=True)
