@@ -81,6 +81,11 @@ class Config:
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 3
 
+    @property
+    def prune_end_epoch(self) -> float:
+        """`prune_end`, with its default."""
+        return self.epochs / 2 if self.prune_end is None else self.prune_end
+
     def as_dict(self) -> dict[str, Any]:
         """The configuration as JSON has it: dicts, lists, strings and numbers, and p "inf"."""
         values = plain(dataclasses.asdict(self))
@@ -258,7 +263,7 @@ def _check(config: Config) -> None:
             f"config.warmup_epochs is {config.warmup_epochs}, and it must be less than "
             f"config.epochs = {config.epochs}."
         )
-    prune_end = config.epochs / 2 if config.prune_end is None else config.prune_end
+    prune_end = config.prune_end_epoch
     if not config.prune_begin <= prune_end <= config.epochs:
         raise UserError(
             f"Pruning begins at epoch {config.prune_begin} and ends at epoch {prune_end}: "
@@ -319,12 +324,11 @@ def steps(config: Config, num_train: int) -> Steps:
             f"config.warmup_epochs is {config.warmup_epochs}, which is {warmup} of all {total} "
             "updates; choose it shorter, or a larger config.epochs."
         )
-    prune_end = config.epochs / 2 if config.prune_end is None else config.prune_end
     return Steps(
         per_epoch=per_epoch,
         total=total,
         warmup=warmup,
         prune_begin=updates(config.prune_begin),
-        prune_end=updates(prune_end),
+        prune_end=updates(config.prune_end_epoch),
         eval_every=max(updates(config.eval_every_epochs), 1),
     )
