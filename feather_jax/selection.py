@@ -26,6 +26,8 @@ _SPREAD = np.array([-1.2, 0, 1.2], np.float32)
 # Sorting the sample takes a fraction of a round if it is this fraction of the weights.
 _SAMPLE_FRACTION = 2**-10
 _LEAST_SAMPLE = 2**12
+# Leaves of at most as many weights are copied into one array.
+_SMALL_LEAF = 2**18
 
 
 def global_threshold(
@@ -37,7 +39,7 @@ def global_threshold(
     f = m - floor(m), lo = a[floor(m)], hi = a[min(floor(m) + 1, N - 1)], and the threshold is
     lo + (hi - lo) f, kept below hi where lo < hi. So exactly floor(m) + 1 weights have
     |w| <= threshold when there are no ties, whatever N and the sparsity. The result is
-    bit-identical to sorting, but nothing is sorted, concatenated or copied except a small sample.
+    bit-identical to sorting, but nothing is sorted except a small sample, and no large leaf copied.
 
     Args:
       params: a pytree of arrays of any shapes and floating-point dtypes.
@@ -191,14 +193,26 @@ def _order_statistics(
     leaves: list[Array], rank: UInt32[Array, ""], dtype: DTypeLike
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The magnitudes at `rank` and `rank` + 1 in sorted order, and the largest."""
-    found = _search(leaves, rank, dtype)
     size = sum(leaf.size for leaf in leaves)
+    found = _search(_join_small(leaves, dtype), rank, dtype)
     # What ended the search: lo is last, or first is last, or they are lo and hi.
     lo = jnp.where(found.upto == rank + 1, found.last, found.first)
     hi_beyond = (found.upto == rank + 1) & (found.upto < size)
     hi = jnp.where(hi_beyond, found.beyond, found.last)
     lo, hi, largest = (lax.bitcast_convert_type(x, dtype) for x in (lo, hi, found.largest))
     return _flush(lo), _flush(hi), largest
+
+
+def _join_small(leaves: list[Array], dtype: DTypeLike) -> list[Array]:
+    """The same weights, those of all small leaves in one array.
+
+    Each array that is surveyed costs XLA time to compile, and a launch on a GPU.
+    """
+    small = [leaf for leaf in leaves if leaf.size <= _SMALL_LEAF]
+    if len(small) < 2:
+        return leaves
+    joined = jnp.concatenate([leaf.ravel().astype(dtype) for leaf in small])
+    return [joined, *(leaf for leaf in leaves if leaf.size > _SMALL_LEAF)]
 
 
 def _search(leaves: list[Array], rank: UInt32[Array, ""], dtype: DTypeLike) -> _Bracket:

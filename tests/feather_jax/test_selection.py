@@ -186,7 +186,16 @@ def test_thousand_sizes_and_sparsities_prune_the_promised_number():
             assert pruned == int(np.floor((size - 1) * sparsity)) + 1, (size, sparsity)
 
 
-def test_order_and_division_into_leaves_do_not_matter():
+@pytest.fixture(params=[0, 1000, 2**18])
+def small_leaf(request, monkeypatch):
+    """All leaves surveyed apart, the smaller ones joined, all joined."""
+    monkeypatch.setattr(selection, "_SMALL_LEAF", request.param)
+    selection._order_statistics.clear_cache()
+    yield
+    selection._order_statistics.clear_cache()
+
+
+def test_order_and_division_into_leaves_do_not_matter(small_leaf):
     rng = np.random.default_rng(3)
     array = rng.standard_normal(6000, dtype=np.float32)
     for sparsity in (0.1, 0.77, 0.98):
@@ -201,6 +210,15 @@ def test_order_and_division_into_leaves_do_not_matter():
                 shuffled[3000:].reshape(2, -1).T,
             ]
             assert_same_bits(global_threshold(parts, sparsity, prunable=True), np.asarray(whole))
+
+
+def test_leaves_of_several_dtypes_are_one_set_of_weights(small_leaf):
+    rng = np.random.default_rng(4)
+    dtypes = [np.float16, ml_dtypes.bfloat16, np.float32, np.float32]
+    arrays = [rng.standard_normal(900 + 90 * i).astype(each) for i, each in enumerate(dtypes)]
+    for sparsity in (0.1, 0.77, 0.98):
+        found = global_threshold(arrays, sparsity, prunable=True)
+        assert_same_bits(found, sorted_threshold(arrays, sparsity))
 
 
 SIZES = [1, 2, 3, 1000, 2**24 + 3, 25_502_912, 2**29 + 1, 2**31 - 1, 2**31 + 12_345, 2**32 - 1]
