@@ -66,7 +66,7 @@ def threshold_operator(
             f"A threshold of shape {threshold.shape} does not broadcast to weights of shape "
             f"{w.shape}; give a scalar or one threshold a slice."
         )
-    return _straight_through(exponent, w, threshold)
+    return _operator(exponent, w, threshold)
 
 
 def sparsify(
@@ -160,6 +160,9 @@ def _backward(p: float, residuals: tuple[()], cotangent: Array) -> tuple[Array, 
 
 _straight_through.defvjp(_forward, _backward)
 
+# A program that thresholds many weights traces and differentiates it once for each shape.
+_operator = jax.jit(_straight_through, static_argnums=0)
+
 
 # The derivative of the rule above differentiates _forward: a Hessian-vector product is
 # straight-through only if the function called there is so itself.
@@ -167,7 +170,7 @@ _straight_through.defvjp(_forward, _backward)
 def _threshold(p: float, w: Array, threshold: Array) -> Array:
     weight, threshold = comparable(w, threshold)
     kept = jnp.abs(weight) > threshold
-    thresholded = jnp.where(kept | jnp.isnan(weight), _shrink(p, weight, threshold, kept), 0)
+    thresholded = jnp.where(kept | jnp.isnan(weight), _shrink(p, weight, threshold), 0)
     # At T = 0 nothing is pruned, not even what the backend flushes to zero.
     return jnp.where(threshold == 0, w, thresholded.astype(w.dtype))
 
@@ -177,23 +180,21 @@ def _tangent(p: float, primals: tuple[Array, Array], tangents: tuple[Array, Arra
     return _threshold(p, *primals), tangents[0]
 
 
-def _shrink(p: float, weight: Array, threshold: Array, kept: Array) -> Array:
-    """sign(w) (|w|^p - T^p)^(1/p) where `kept`, without a difference of large powers.
+def _shrink(p: float, weight: Array, threshold: Array) -> Array:
+    """sign(w) (|w|^p - T^p)^(1/p) where |w| > T, without a difference of large powers.
 
     With r = T/|w| and d = 1 - r, which (|w| - T)/|w| gives exactly where it matters, the result is
     w times (1 - r^p)^(1/p), and 1 - r^p = d (1 + r + ... + r^(p-1)) has nothing left that cancels.
     """
     if p > 1e20:  # the ratio below is 1 in every dtype, and the largest p fit into none
         return weight
-    # Pruned, infinite and NaN entries take part as w = 1, T = 0, so that no NaN arises on the way.
-    regular = kept & jnp.isfinite(weight)
-    threshold = jnp.where(regular, threshold, 0)
     if p == 1.0:
         return weight - jnp.copysign(threshold, weight)
-    magnitude = jnp.where(regular, jnp.abs(weight), 1)
+    limits = jnp.finfo(weight.dtype)
+    magnitude = jnp.minimum(jnp.abs(weight), limits.max)  # infinity has no ratio to T
     r = threshold / magnitude
     # Kept above 0, which the difference of two of the smallest floats is flushed to.
-    d = jnp.maximum((magnitude - threshold) / magnitude, jnp.finfo(magnitude.dtype).eps / 4)
+    d = jnp.maximum((magnitude - threshold) / magnitude, limits.eps / 4)
     if p == 2.0:
         ratio = jnp.sqrt(d * (1 + r))
     elif p == 3.0:
