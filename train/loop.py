@@ -34,7 +34,7 @@ def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = prin
 
     Args:
       config: the experiment.
-      workdir: its folder; DESIGN's contract says what is written there.
+      workdir: its folder; the README's "The training program" says what is written there.
       say: takes a line meant for people.
 
     Returns:
@@ -108,6 +108,7 @@ def train(
             if evaluating or saving:
                 evaluation = None
                 if evaluating:
+                    metrics = jax.device_get(metrics)  # or three programs would be in flight
                     variables = sparse_variables(state)
                     evaluation = evaluate(eval_step, variables, built.data, mesh)
                     if built.prune is not None:

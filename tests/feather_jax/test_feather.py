@@ -110,8 +110,10 @@ def test_the_threshold_under_jit_is_the_eager_one():
     params = network()
     prune = Feather(0.9, 10, begin_step=3)
     threshold = jax.jit(prune.threshold)
-    for step in (0, 3, 4, 7, 9, 10, 11, 2**30):
+    for step in (0, 3, 10, 11, 2**30):
         np.testing.assert_array_equal(threshold(params, step), prune.threshold(params, step))
+    for step in (4, 7, 9):  # the schedule's cube need not be rounded alike
+        np.testing.assert_allclose(threshold(params, step), prune.threshold(params, step), 1e-6)
     assert threshold(params, 3) == 0
     assert 0 < threshold(params, 4) < threshold(params, 7) < threshold(params, 10)
 

@@ -2,13 +2,16 @@
 
 import json
 import pathlib
+import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 import feather_jax as feather
-from train import checkpoint, experiment, loop, parallel, progress
+from feather_jax.masks import prunable_leaves
+from train import checkpoint, curves, experiment, loop, parallel, progress
 from train import config as config_lib
 from train.errors import UserError
 from train.evaluate import evaluate
@@ -24,6 +27,7 @@ TINY = {
     "checkpoint_every_steps": 15,
 }
 STEPS = 2 * (1437 // 64)
+SAID: list[str] = []  # by the run that `finished` gives
 
 
 def config(**changes):
@@ -60,7 +64,7 @@ def crash_at(step, monkeypatch):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    return workdir, loop.run(config(), workdir, say=lambda line: None)
+    return workdir, loop.run(config(), workdir, say=SAID.append)
 
 
 def test_the_workdir_holds_what_the_contract_says(finished):
@@ -90,6 +94,58 @@ def test_the_workdir_holds_what_the_contract_says(finished):
     assert summary["eval/examples"] == 360
     assert config_lib.parse(json.loads((workdir / "config.json").read_text())) == config()
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_end_says_what_is_left_of_each_layer(finished):
+    workdir, summary = finished
+    table, last = SAID[-2:]
+    assert re.search(r"^head/kernel +8x10 +80 +\d+ +[\d.]+%$", table, re.MULTILINE)
+    total = f"all prunable +{summary['prunable']:,} +{summary['nonzero']:,} +90.00%"
+    assert re.search(f"^{total}$", table, re.MULTILINE)
+    assert table.endswith("1 in 10.0 prunable weights is left.")
+    right = round(summary["eval/accuracy"] * 360)
+    assert last.startswith(f"{right / 360:.2%} of 360 evaluation examples right; ")
+    assert last.endswith(f"everything is in {workdir}.")
+
+
+def test_the_curves_are_those_of_the_metrics(finished):
+    logged = records(finished[0])
+    figure = curves.draw(logged, "a run")
+    drawn = {axes.get_title(): axes.lines for axes in figure.axes}
+    assert {*drawn} >= {"Loss", "Accuracy", "Sparsity", "Threshold"}
+    training, evaluation = drawn["Loss"]
+    assert training.get_xydata().tolist() == [[r["step"], r["train/loss"]] for r in logged]
+    evaluated = [[r["step"], r["eval/loss"]] for r in logged if "eval/loss" in r]
+    assert evaluation.get_xydata().tolist() == evaluated
+
+
+def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
+    """And only at its start: the second time the other one is not needed any more."""
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "first" / "checkpoints")
+    second = config(
+        init_from=str(tmp_path / "first"), learning_rate=1e-9, epochs=1 / 22, sparsity=0.0
+    )
+    loop.run(second, tmp_path / "second", say=lambda line: None)
+    given = weights(tmp_path / "first", experiment.build(config())).params
+    taken = weights(tmp_path / "second", experiment.build(second)).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), given, taken)
+    shutil.rmtree(tmp_path / "first")
+    loop.run(second, tmp_path / "second", say=lambda line: None)
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 21, 22, 23])
+def test_evaluation_prunes_as_the_last_step_did(step):
+    """By the sparsity of the update before, of the weights as they are after it."""
+    built = experiment.build(config())
+    state = built.initial_state().replace(step=np.int32(step))
+    variables = loop.current_variables(built.prune, state)
+    kernels = [np.asarray(leaf) for leaf in prunable_leaves(state.params)]
+    magnitudes = np.abs(np.concatenate([kernel.ravel() for kernel in kernels])).astype(float)
+    sparsity = 0.9 * (1 - (1 - min(max(step - 1, 0), 22) / 22) ** 3)
+    zeros = int(np.floor(sparsity * (magnitudes.size - 1))) + 1 if sparsity else 0
+    found = np.concatenate([np.ravel(leaf) for leaf in prunable_leaves(variables["params"])])
+    assert np.count_nonzero(found == 0) == pytest.approx(zeros, abs=1)
+    assert np.all(magnitudes[found == 0] <= magnitudes[found != 0].min())
 
 
 def test_the_finalised_model_has_the_exact_sparsity(finished):
@@ -161,7 +217,10 @@ def test_nothing_is_transferred_unasked(tmp_path, monkeypatch):
 
 
 def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatch):
-    """At most two steps in flight: dispatch 1, dispatch 2, read 1, dispatch 3, read 2, ..."""
+    """At most two steps in flight: dispatch 1, dispatch 2, read 1, dispatch 3, read 2, ...
+
+    At an evaluation none is left over from training, and its own steps go likewise.
+    """
     events = []
     on_all_devices, device_get = parallel.on_all_devices, jax.device_get
 
@@ -169,23 +228,28 @@ def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatc
         compiled = on_all_devices(step, donate_state=donate_state)
 
         def call(*args):
-            if donate_state:
-                events.append("dispatch")
+            events.append("dispatch" if donate_state else "dispatch evaluation")
             return compiled(*args)
 
         return call
 
     def reading(tree):
-        if isinstance(tree, dict) and "train/loss" in tree:
+        if isinstance(tree, dict) and isinstance(tree.get("train/loss"), jax.Array):
             events.append("read")
+        if isinstance(tree, dict) and "correct" in tree:
+            events.append("read evaluation")
         return device_get(tree)
 
     monkeypatch.setattr(parallel, "on_all_devices", recording)
     monkeypatch.setattr(jax, "device_get", reading)
-    crash_at(11, monkeypatch)
+    crash_at(24, monkeypatch)
     with pytest.raises(Crash):
-        loop.run(config(), tmp_path / "run", say=lambda line: None)
-    assert events == ["dispatch", *["dispatch", "read"] * 11]
+        loop.run(config(checkpoint_every_steps=100), tmp_path / "run", say=lambda line: None)
+    epoch = ["dispatch", *["dispatch", "read"] * 21, "read"]
+    batches = -(-360 // 64)
+    evaluation = ["dispatch", *["dispatch", "read"] * (batches - 1), "read"]
+    evaluation = [f"{event} evaluation" for event in evaluation]
+    assert events == [*epoch, *evaluation, "dispatch", *["dispatch", "read"] * 2]
 
 
 @pytest.mark.parametrize("batch_size", [8, 64, 400, 1432])

@@ -26,6 +26,19 @@ def test_on_one_process_that_is_the_order_of_jax():
     assert parallel.device_mesh().devices.tolist() == jax.devices()
 
 
+def test_the_state_is_given_away_if_the_step_says_so():
+    mesh = parallel.device_mesh()
+    batch = parallel.shard({"x": np.ones(mesh.size, np.float32)}, mesh)
+    for donate in (True, False):
+        step = parallel.on_all_devices(
+            lambda state, batch, axis_name: {"w": state["w"] + batch["x"].sum()},
+            donate_state=donate,
+        )
+        state = parallel.replicate({"w": np.ones(3, np.float32)}, mesh)
+        jax.block_until_ready(step(state, batch))
+        assert state["w"].is_deleted() == donate
+
+
 @pytest.mark.slow
 def test_one_step_in_float32_agrees_on_one_device_and_on_eight():
     """The whole recipe of configs/digits.py on a narrower network, to float32's rounding."""
