@@ -68,8 +68,7 @@ def evaluate_model(model: SavedModel, data: DataSet) -> dict[str, float]:
 def open_data(model: SavedModel, name: str | None = None, data_dir: str | None = None) -> DataSet:
     """The data set that a model was trained on, or another one, preprocessed as the model wants it.
 
-    Batches are the run's, or as little smaller as the devices need to share them equally: larger
-    ones need not fit the training split.
+    Batches are the run's, or as little smaller as the devices need to share them equally.
 
     Args:
       model: the model.

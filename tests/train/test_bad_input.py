@@ -61,7 +61,7 @@ CHANGES = [
     (["--config.batch_size=64.5"], "batch_size=64.5"),
     (["--config.batch_size=many"], "batch_size=many"),
     (["--config.batch_size=0"], "batch_size is 0"),
-    (["--config.batch_size=2000"], "2000.*1437 training examples"),
+    (["--config.batch_size=2000"], "2000.*only 1437 examples"),
     (["--config.batch_size=60"], "60, which 8 devices cannot share"),
     (["--config.accumulate_steps=7"], "accumulate_steps = 7"),
     (["--config.epochs=4x"], "epochs=4x"),
@@ -221,7 +221,7 @@ def test_a_mistake_is_a_sentence_and_changes_nothing(folder, arguments, what, ca
         (["--config", "FILES/raises.py", "--workdir", "NEW"], "no such recipe"),
         (
             ["--config", "SMALL", "--workdir", "NEW", "--config.batch_size=2000"],
-            "1437 training examples",
+            "only 1437 examples",
         ),
     ],
 )

@@ -37,7 +37,7 @@ def load(
 
     Raises:
       UserError: if the specification is wrong, if the data set is not there, is empty or holds a
-        label out of range, or if the batch does not fit the data set or the number of processes.
+        label out of range, or if the batch does not fit the number of processes.
     """
     parsed = parse(spec)
     _check_batch(batch_size, seed, process_count)
@@ -49,21 +49,14 @@ def load(
     if shape is None:
         prepared = open_prepared(parsed.name, parsed.data_dir)
         num_train, num_eval = len(prepared.train), len(prepared.evaluation)
-        data_set = imagenet.data_set(parsed, prepared, order(num_train), order(num_eval))
-    else:
-        arrays = (
-            digits.load()
-            if parsed.name == "digits"
-            else decoded.load(parsed.name, shape, parsed.data_dir)
-        )
-        num_train, num_eval = len(arrays.train_labels), len(arrays.eval_labels)
-        data_set = memory.data_set(parsed, arrays, order(num_train), order(num_eval))
-    if batch_size > num_train:
-        raise UserError(
-            f"batch_size is {batch_size}, more than the {num_train} training examples of "
-            f"{parsed.name}; make it smaller."
-        )
-    return data_set
+        return imagenet.data_set(parsed, prepared, order(num_train), order(num_eval))
+    arrays = (
+        digits.load()
+        if parsed.name == "digits"
+        else decoded.load(parsed.name, shape, parsed.data_dir)
+    )
+    num_train, num_eval = len(arrays.train_labels), len(arrays.eval_labels)
+    return memory.data_set(parsed, arrays, order(num_train), order(num_eval))
 
 
 def _check_batch(batch_size: int, seed: int, process_count: int) -> None:
