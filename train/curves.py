@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from train.metrics import Record
+from train import page
+from train.metrics import Record, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,4 +121,4 @@ def draw(records: Sequence[Record], title: str) -> Figure:
 
 def save(path: pathlib.Path, records: Sequence[Record], title: str) -> None:
     """Writes the picture as PNG."""
-    draw(records, title).savefig(path, dpi=120)
+    write_atomically(path, page.png(draw(records, title), dpi=120))

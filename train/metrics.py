@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import struct
@@ -115,7 +116,9 @@ def read_records(workdir: pathlib.Path) -> list[Record]:
     if not path.exists():
         return []
     with writing(path):
-        *lines, _ = path.read_bytes().split(b"\n")
+        *lines, last = path.read_bytes().split(b"\n")
+    if _record(last) is not None:  # all of it but the end of its line
+        lines.append(last)
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
         record = _record(line)
@@ -132,9 +135,11 @@ def _record(line: bytes) -> Record | None:
     """The record in a line; None if there is none."""
     try:
         record = json.loads(line)
-        return record if isinstance(record["step"], int) else None
-    except (ValueError, TypeError, KeyError):
+        step, numbers = record["step"], [*record.values()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+    finite = all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+    return record if finite and type(step) is int and 0 <= step < 2**31 else None
 
 
 def _line(record: Record) -> str:
@@ -161,11 +166,11 @@ def _event(**fields: Any) -> bytes:
     return b"".join(framed)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a whole file so that, killed at any moment, the old one or the new one is there."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -63,6 +63,13 @@ def style(colors: Sequence[str] = (BEFORE, AFTER)) -> Iterator[None]:
         yield
 
 
+def png(figure: Figure, dpi: int) -> bytes:
+    """A figure as a file of its own, in Matplotlib's colours."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     """A figure that was built in `style`, to be put into a page as it is.
 

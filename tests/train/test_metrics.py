@@ -91,7 +91,12 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"garbage", b"", b"[2]", b'{"step": "2"}', b"\xff\xfe", b'{"step": 1}', b"2"]
+    "damage",
+    [
+        *(b"garbage", b"", b"[2]", b"\xff\xfe", b"2", b"[" * 100_000),
+        *(b'{"step": "2"}', b'{"step": 1}', b'{"step": true}', b'{"step": 9223372036854775808}'),
+        *(b'{"step": 2, "loss": %s}' % value for value in (b"NaN", b"1e999", b'"x"', b"null")),
+    ],
 )
 def test_a_damaged_line_in_the_middle_is_named_and_nothing_changed(tmp_path, damage):
     written(tmp_path, 1, 2, 3).close()
