@@ -11,7 +11,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -114,17 +114,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     return value
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration with the fields of its mappings by dotted names, as on the command line."""
-    fields: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            fields |= flat(value, f"{prefix}{name}.")
-        else:
-            fields[f"{prefix}{name}"] = value
-    return fields
-
-
 @dataclasses.dataclass(frozen=True)
 class Point:
     """Runs that differ in their seed alone.
@@ -162,7 +151,7 @@ def points(runs: Sequence[Run]) -> list[Point]:
     differing = differences(runs)
     found: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
-        own = flat(run.config)
+        own = config_lib.flat(run.config)
         used = [name for name in differing if name in own and _uses(run, name)]
         parts = [_label(name, own[name]) for name in used]
         label = ", ".join(["dense", *parts] if run.dense else parts) or "sparse"
@@ -177,7 +166,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     The seed, the sparsity and what may change between two starts are none of them, and a dense run
     has no use for the fields of pruning.
     """
-    fields = [flat(run.config) for run in runs]
+    fields = [config_lib.flat(run.config) for run in runs]
 
     def values(name: str) -> set[str]:
         owners = (own for run, own in zip(runs, fields, strict=True) if _uses(run, name))
@@ -331,7 +320,7 @@ def write(folder: pathlib.Path, runs: Sequence[Run]) -> None:
     )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        figure(found).savefig(folder / "compare.png", dpi=150)
+        write_atomically(folder / "compare.png", page.png(figure(found), dpi=150))
         write_atomically(folder / "compare.html", text)
         write_atomically(
             folder / "compare.md",

@@ -236,6 +236,17 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
     )
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration with the fields of its mappings by dotted names, as on the command line."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields |= flat(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = value
+    return fields
+
+
 def _check(config: Config) -> None:
     for name, (holds, what) in _RULES.items():
         value = getattr(config, name)

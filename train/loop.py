@@ -26,7 +26,7 @@ from train.metrics import MetricsLog, Record, write_json
 from train.progress import Clock, MetricsReader
 from train.signals import Interrupted, Interruption
 from train.step import Metrics, TrainState
-from train.workdir import check_same_run, clear_damage, open_workdir
+from train.workdir import check_same_run, check_unfinished, clear_damage, open_workdir
 
 
 def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = print) -> Record:
@@ -55,11 +55,12 @@ def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = prin
         clock.wall_before = found.info["wall_seconds"]
         say(f"Going on after step {state.step} of {built.steps.total}.")
     else:
+        check_unfinished(workdir)
         state = built.initial_state()
         if config.init_from:
             state = with_variables_of(state, pathlib.Path(config.init_from), say)
-    open_workdir(workdir, config, state)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(open_workdir(workdir, config, state))
         log = None
         if parallel.is_first():
             log = stack.enter_context(contextlib.closing(MetricsLog(workdir, int(state.step))))

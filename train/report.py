@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from feather_jax.macs import Macs
 from feather_jax.masks import path_name
 from train import checkpoint, compare, model_file, page, pictures, program
+from train import config as config_lib
 from train.compare import Run
 from train.errors import UserError, writing
 from train.experiment import prunable_mask
@@ -73,7 +74,7 @@ def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
             layer_figures=pictures.layer_pictures(layers),
             layers=layers,
             total=total,
-            config=list(compare.flat(run.config).items()),
+            config=list(config_lib.flat(run.config).items()),
             made_with=f"{run.workdir.name}, trained with JAX {model.metadata['trained']['jax']}.",
         )
     with writing(run.workdir):
@@ -171,7 +172,9 @@ def trained_params(run: Run) -> PyTree:
     folder = run.workdir / "checkpoints"
     found = checkpoint.newest(folder, ["variables"])
     if found is None:
-        raise UserError(f"There is no checkpoint in {folder}; start the run again.")
+        raise UserError(
+            f"There is no checkpoint in {folder}; bring it back, or train again in a new --workdir."
+        )
     if found.passed_over:
         step, reason = next(iter(found.passed_over.items()))
         raise UserError(

@@ -1,16 +1,20 @@
 """A run's folder as it is found: whether it is this run's, whole, and can be written."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jaxtyping import PyTree
 
 from train import checkpoint, parallel
-from train.config import RESUMABLE, Config
+from train.config import RESUMABLE, Config, flat
 from train.errors import StorageError, UserError, writing
 from train.metrics import write_json
 
@@ -39,10 +43,11 @@ def check_same_run(config: Config, workdir: pathlib.Path) -> None:
         raise UserError(
             f"{path} cannot be read ({error}); bring back a copy, or give a new --workdir."
         ) from error
+    before, now = flat(was), flat(config.as_dict())
     differing = [
-        f"{name} (was {was.get(name)!r}, is {value!r})"
-        for name, value in config.as_dict().items()
-        if name not in RESUMABLE and was.get(name) != value
+        f"{name} (was {before.get(name)!r}, is {now.get(name)!r})"
+        for name in {**before, **now}
+        if name not in RESUMABLE and before.get(name) != now.get(name)
     ]
     if differing:
         raise UserError(
@@ -52,29 +57,83 @@ def check_same_run(config: Config, workdir: pathlib.Path) -> None:
         )
 
 
-def open_workdir(workdir: pathlib.Path, config: Config, state: PyTree) -> None:
-    """Makes the run's folder, and sees to it that it can be written, by all processes.
+def check_unfinished(workdir: pathlib.Path) -> None:
+    """Sees to it that a run that begins anew overwrites no results.
 
     Raises:
-      StorageError: it cannot be, has no room for a checkpoint, or is not the same for all.
+      UserError: there are some.
     """
-    if parallel.is_first():
-        with writing(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(workdir / "config.json", config.as_dict())
-            free = shutil.disk_usage(workdir).free
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    seen = parallel.gather(int(_appears(workdir / "config.json")))
-    if not all(seen):
-        raise StorageError(
-            f"Process {seen.index(0)} does not see what process 0 writes to {workdir}; give a "
-            "--workdir on a file system that all processes share."
+    if (workdir / "summary.json").exists():
+        raise UserError(
+            f"{workdir} holds the results of a run and no checkpoint, so that training would begin "
+            "anew and overwrite them; bring checkpoints/ back, or give a new --workdir."
         )
-    if parallel.is_first() and free < needed:
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: Config, state: PyTree) -> Iterator[None]:
+    """Makes the run's folder, for this run alone, and sees to it that all processes can use it.
+
+    Raises:
+      StorageError: it cannot be written, has no room for a checkpoint, or is not the same for all.
+      UserError: another start of the run has it, or the processes differ in their configuration.
+    """
+    digests = parallel.gather(zlib.crc32(json.dumps(config.as_dict()).encode()) >> 1)
+    for number, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UserError(
+                f"Process {number} was started with another configuration than process 0; give "
+                "all processes the same command line."
+            )
+    with contextlib.ExitStack() as stack:
+        if parallel.is_first():
+            _check_room(workdir, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            with writing(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(workdir))
+                write_json(workdir / "config.json", config.as_dict())
+                for left in workdir.glob("model.npz.*.tmp"):  # by a start that was killed
+                    left.unlink()
+        seen = parallel.gather(int(_appears(workdir / "config.json")))
+        if not all(seen):
+            raise StorageError(
+                f"Process {seen.index(0)} does not see what process 0 writes to {workdir}; give a "
+                "--workdir on a file system that all processes share."
+            )
+        yield
+
+
+def _check_room(workdir: pathlib.Path, needed: int) -> None:
+    """Raises StorageError if a checkpoint of `needed` bytes has no room where `workdir` is."""
+    with writing(workdir):
+        there = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+        total, _, free = shutil.disk_usage(there)
+    if total and free < needed:  # what is no disk says 0
         raise StorageError(
             f"{workdir} has {free / 1e6:,.1f} MB left, and a checkpoint takes "
             f"{needed / 1e6:,.1f} MB; make room there or give a --workdir elsewhere."
         )
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the folder's lock, which ends with the process, however it ends.
+
+    A file system without locks is used without.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with (workdir / ".lock").open("ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"Another process is training in {workdir}; wait for its end, or give another "
+                    "--workdir."
+                ) from error
+        yield
 
 
 def _appears(path: pathlib.Path) -> bool:

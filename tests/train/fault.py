@@ -1,19 +1,27 @@
 """The program, with a signal to itself: `python fault.py SIGKILL 20 --config ...`.
 
-It comes when the metrics of that step are read, or, for the step "end", when the last file is
-written.
+It comes when the metrics of that step are read, or, for the name of a file instead of a step, when
+that file has been written and is about to take its name.
 """
 
+import os
 import signal
 import sys
 
-from train import cluster, loop, main, progress
+from train import cluster, main, progress
 
 
 def send_at(signum: int, step: str) -> None:
     """Sends `signum` to this process at `step`."""
-    if step == "end":
-        loop.write_json = lambda path, value: signal.raise_signal(signum)
+    if not step.isdecimal():
+        replace = os.replace
+
+        def replace_after_the_signal(source, target):
+            if os.path.basename(target) == step:
+                signal.raise_signal(signum)
+            replace(source, target)
+
+        os.replace = replace_after_the_signal
         return
     read = progress.MetricsReader.read
 

@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import jax
@@ -85,6 +87,10 @@ def undisturbed(small, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+def files(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def at_step(monkeypatch, actions) -> None:
     """Calls `actions[step]()` when the metrics of `step` are read."""
     read = progress.MetricsReader.read
@@ -110,7 +116,9 @@ def test_killed_and_stopped_again_and_again(small, start, tmp_path):
         ("SIGKILL", 31),
         ("SIGINT", 37),
         ("SIGKILL", 44),
-        ("SIGKILL", "end"),
+        ("SIGKILL", "model.npz"),
+        ("SIGKILL", "curves.png"),
+        ("SIGKILL", "summary.json"),
     ]
     for name, step in faults:
         process = start(*arguments(small, workdir), fault=(name, step))
@@ -128,6 +136,7 @@ def test_killed_and_stopped_again_and_again(small, start, tmp_path):
     # A stopped run saved more often, which is no part of what it ends with.
     assert_ended_alike(workdir, reference)
     assert scalars(workdir) == scalars(reference)
+    assert {path.name for path in workdir.iterdir()} == {path.name for path in reference.iterdir()}
     steps = [step for step, tag, _ in scalars(workdir) if tag == "train/loss"]
     assert steps == [each["step"] for each in records(workdir)]
 
@@ -201,11 +210,37 @@ def test_no_whole_checkpoint_is_one_sentence_and_nothing_changes(
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     for path in (workdir / "checkpoints").iterdir():
         damage(workdir, int(path.name))
-    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    before = files(workdir)
     assert main(["main", *arguments(small, workdir)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("No checkpoint in ")
-    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert before == files(workdir)
+
+
+def test_results_whose_checkpoints_are_gone_are_not_overwritten(
+    small, undisturbed, tmp_path, capsys
+):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    before = files(workdir)
+    assert main(["main", *arguments(small, workdir)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{workdir} holds the results of a run and no checkpoint")
+    assert before == files(workdir)
+
+
+def test_a_workdir_is_one_process_s_alone(small, undisturbed, tmp_path, capsys):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    before = files(workdir)
+    holding = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    command = [sys.executable, "-c", f"{holding}print(flush=True); input()", workdir / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        assert main(["main", *arguments(small, workdir)]) == 2
+        assert f"Another process is training in {workdir}; " in capsys.readouterr().err
+        assert before == files(workdir)
+        other.communicate(b"\n")
+    assert "Going on after step 44 of 44." in run(small, workdir)
 
 
 def test_training_goes_on_while_the_disk_is_full(
@@ -254,6 +289,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_noticed_at_the_start(small, tin
     disk = tiny_disk(65_536)
     with pytest.raises(StorageError, match=r"has 0\.1 MB left, and a checkpoint takes"):
         run(small, disk / "run", "--config.model.hidden=(500,)")
+    assert not (disk / "run").exists()
 
 
 @pytest.mark.parametrize(("every", "message"), [(10, "train/loss became nan"), (15, "NaN or inf")])
