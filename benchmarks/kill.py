@@ -11,6 +11,7 @@ import argparse
 import json
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -21,12 +22,12 @@ from train import checkpoint
 
 ARGUMENTS = (
     "--config=configs/digits.py",
-    "--config.epochs=30",
+    "--config.epochs=60",
     "--config.eval_every_epochs=1",
     "--config.checkpoint_every_steps=10",
     "--config.log_every_steps=1",
 )
-STEPS = 30 * (1437 // 64)
+STEPS = 60 * (1437 // 64)
 KILLS_AT_THE_END = 4
 
 
@@ -42,10 +43,13 @@ def main() -> None:
 
     finish(undisturbed)
     kills = read_lines(diary)
+    rng = random.Random(f"{flags.seed} {len(kills)}")
     while len(kills) < flags.kills:
-        rng = random.Random(f"{flags.seed} {len(kills)}")
         last_step = STEPS if len(kills) >= flags.kills - KILLS_AT_THE_END else 0
-        kills.append(kill_once(killed, last_step, rng))
+        kill = kill_once(killed, last_step, rng)
+        if kill is None:
+            continue  # it was quicker; started again, it writes its results again
+        kills.append(kill)
         with diary.open("a") as file:
             file.write(json.dumps(kills[-1]) + "\n")
         print(len(kills), kills[-1], flush=True)
@@ -69,30 +73,31 @@ def finish(workdir: pathlib.Path) -> None:
         sys.exit(f"The run in {workdir} failed; start it alone to see why.")
 
 
-def kill_once(workdir: pathlib.Path, after_step: int, rng: random.Random) -> dict[str, Any]:
+def kill_once(workdir: pathlib.Path, after_step: int, rng: random.Random) -> dict[str, Any] | None:
     """Starts the run and kills it, at random, after it has logged a step from `after_step` on.
 
     Returns:
-      What was there when it was killed: the last step logged, and what was being written.
+      What was there when it was killed: the last step logged, and what was being written. None if
+      it had ended before.
     """
     saved = newest_saved(workdir)
     process = start(workdir)
     started = time.time()
     while process.poll() is None:
-        if last_logged(workdir) > max(saved, after_step - 1):
-            break
+        # What an earlier start logged after its last checkpoint is gone when the events are new.
+        opened = changed(workdir / "tensorboard") > started
         # Where all steps were done before, only the results are left to write.
-        if saved == STEPS and changed(workdir / "tensorboard") > started:
+        if opened and (saved == STEPS or last_logged(workdir) > max(saved, after_step - 1)):
             break
         time.sleep(0.01)
-    time.sleep(rng.uniform(0, 1.5 if after_step else 4))
+    time.sleep(rng.uniform(0, 1.5 if after_step else 3))
     process.kill()
-    ended = process.wait()
+    if process.wait() != -signal.SIGKILL:
+        return None
     return {
         "step": last_logged(workdir),
         "newest_saved": newest_saved(workdir),
         "saving": any(".orbax" in path.name for path in (workdir / "checkpoints").glob("*")),
-        "finished": ended == 0,
     }
 
 
