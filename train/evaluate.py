@@ -117,10 +117,11 @@ def main(argv: Sequence[str]) -> None:
         f"{found['eval/accuracy']:.2%} of {found['eval/examples']} evaluation examples of "
         f"{data.name} right"
     )
+    own = data.name == model.metadata["data"]["name"]
     for name, value in found.items():
         says = model.metadata["evaluation"].get(name)
         same = "as in the file" if value == says else f"{says!r} in the file"
-        print(f"{name} {value!r}, {same}")
+        print(f"{name} {value!r}" + (f", {same}" if own else ""))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_another_data_set_of_the_same_shape(model, monkeypatch, capsys):
     expected = float((np.argmax(logits, -1) == moved.eval_labels).mean())
 
     assert status("--model", model, "--data", "moved", "--data_dir", "/there") == 0
-    assert f"eval/accuracy {expected!r}, " in capsys.readouterr().out
+    assert f"eval/accuracy {expected!r}\n" in capsys.readouterr().out
     assert opened == [("moved", (8, 8, 1), "/there")]
     for name in ("coloured", "few"):
         assert status("--model", model, "--data", name) == 2
