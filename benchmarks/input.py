@@ -5,7 +5,7 @@ In memory: batches of 128 gathered from 50,000 images of 32x32. ImageNet: 500x37
 cropped, flipped and put into batches, beside tf.data doing the same with
 tf.image.decode_and_crop_jpeg. Both take turns in one process, and the time is that of the
 processor, all threads and workers together, so that figures are per core whatever else runs. The
-ImageNet part needs TensorFlow (`pip install 'feather-jax[prepare]'`).
+ImageNet part needs TensorFlow (`pip install '.[prepare]'`).
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
     print_table([f"decode, crop, resize to {SIZE}", "images/s"], list(rates.items()))
 
     if importlib.util.find_spec("tensorflow") is None:
-        print("The ImageNet pipelines need TensorFlow: pip install 'feather-jax[prepare]'.")
+        print("The ImageNet pipelines need TensorFlow: pip install '.[prepare]'")
     else:
         record |= pipelines(files, arguments.rounds)
     append_result("input", record)

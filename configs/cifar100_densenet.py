@@ -11,7 +11,7 @@ momentum 0.9, cosine from 0.1 without warm-up, weight decay 5e-4, batch 128, 160
 two points: the incomplete last batch of an epoch is dropped (390 updates an epoch, not 391), and
 the learning rate does not lag the update by one.
 
-Aims at: the paper's CIFAR-100 table, for DenseNet40-24-BC; our REFERENCE.md has no figure of it.
+Aims at: DenseNet40-24-BC in the paper's CIFAR-100 table (arXiv 2310.02448), not repeated here.
 Hardware: one GPU; not timed on one yet. An estimate, at a sustained 10 TFLOP/s, is 23 min:
 3 x 288,155,424 multiply-accumulates x 2 FLOP x 50,000 images x 160 epochs = 1.4e16 FLOP.
 """

@@ -66,7 +66,8 @@ class Feather:
         """The threshold for update number `step`: the quantile of |w| at `sparsity_at(step)`.
 
         From `end_step` on it is that of the final sparsity as a Python number, to the last bit the
-        one that `finalize` uses.
+        one that `finalize` uses. With `optax.MultiSteps`, `step` is its state's `gradient_step`:
+        then the small batches of one update share a threshold.
         """
         reached = as_step(step) >= self.end_step
         return scheduled_threshold(

@@ -36,8 +36,8 @@ def threshold_operator(
 
     Returns:
       The thresholded weights in the dtype of `w`. They are compared and computed in the promoted
-      dtype of `w` and `threshold`, at least float32, to a few units in the last place. NaN stays
-      NaN.
+      dtype of `w` and `threshold`, at least float32, to 3 units in the last place for p = 1, 2, 3
+      and inf, to 10 for others. NaN stays NaN.
 
     Raises:
       TypeError: `w` is not floating-point, or `threshold` is complex.

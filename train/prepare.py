@@ -54,7 +54,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Prepared:
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             f"Preparing {name} needs TensorFlow; install it with "
-            "`pip install 'feather-jax[prepare]'`."
+            "`pip install '.[prepare]'` in feather-jax's folder."
         )
     builder = tfds.builder(
         name, data_dir=os.path.expanduser(data_dir) or None, file_format="array_record"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from feather_jax import sparsify, threshold_operator
 
-EXPONENTS = (1.0, 1.5, 2.0, 3.0, 3.5, 10.0, np.inf)
+EXPONENTS = (1.0, 1.15, 1.5, 2.0, 3.0, 3.5, 10.0, np.inf)
 operator = jax.jit(threshold_operator, static_argnums=2)
 properties = settings(max_examples=100)
 

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from feather_jax import prunable_weights, scale_pruned_gradients, sparsify, threshold_operator
+from feather_jax import (
+    Feather,
+    prunable_weights,
+    scale_pruned_gradients,
+    sparsify,
+    threshold_operator,
+)
 
 PARAMS = {
     "body": {"kernel": np.float32([[0.1, -0.5, 2.0]]), "bias": np.float32([0.1, 0.1, 0.1])},
@@ -244,9 +250,9 @@ def regression():
 
 def test_multi_steps_of_small_batches_equal_one_large_batch():
     x, y, params = regression()
-    threshold, k = 0.6, 4
+    prune, k = Feather(sparsity=0.8, end_step=4), 4
 
-    def loss(params, x, y):
+    def loss(params, threshold, x, y):
         sparse = sparsify(params, threshold)
         return jnp.mean((jnp.tanh(x @ sparse["kernel"]) + sparse["bias"] - y) ** 2)
 
@@ -261,23 +267,23 @@ def test_multi_steps_of_small_batches_equal_one_large_batch():
         every_k = every_k.gradient_transformation()
 
         @jax.jit
-        def large(params, state, x, y):
-            updates, state = tx.update(
-                jax.grad(loss)(params, x, y), state, params, threshold=threshold
-            )
+        def large(params, state, step, x, y):
+            threshold = prune.threshold(params, step)
+            grads = jax.grad(loss)(params, threshold, x, y)
+            updates, state = tx.update(grads, state, params, threshold=threshold)
             return optax.apply_updates(params, updates), state
 
         @jax.jit
         def small(params, state, x, y):
-            updates, state = every_k.update(
-                jax.grad(loss)(params, x, y), state, params, threshold=threshold
-            )
+            threshold = prune.threshold(params, state.gradient_step)
+            grads = jax.grad(loss)(params, threshold, x, y)
+            updates, state = every_k.update(grads, state, params, threshold=threshold)
             return optax.apply_updates(params, updates), state
 
         at_once, in_parts = params, params
         state, parts_state = tx.init(params), every_k.init(params)
-        for _ in range(5):
-            at_once, state = large(at_once, state, x, y)
+        for step in range(5):
+            at_once, state = large(at_once, state, step, x, y)
             for part in range(k):
                 before = in_parts
                 batch = slice(6 * part, 6 * part + 6)

@@ -74,4 +74,4 @@ def test_the_accuracy_on_one_device_and_on_eight_differs_as_that_of_seeds(start,
         summary = json.loads((workdir / "summary.json").read_text())
         accuracies.append(summary["eval/accuracy"])
     assert min(accuracies) >= 0.97
-    assert abs(accuracies[0] - accuracies[1]) <= 0.02
+    assert abs(accuracies[0] - accuracies[1]) < 4 / 360  # of three seeds: 2 examples of 360

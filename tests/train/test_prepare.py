@@ -65,7 +65,7 @@ def test_without_tensorflow_it_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
         prepare.prepare("cifar10", str(tmp_path))
-    assert "`pip install 'feather-jax[prepare]'`" in one_sentence(error)
+    assert "`pip install '.[prepare]'`" in one_sentence(error)
 
 
 @pytest.fixture
