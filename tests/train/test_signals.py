@@ -1,12 +1,17 @@
 """SIGINT and SIGTERM are noted and leave as found; a second SIGINT does not wait."""
 
+import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from train import loop
+from train.main import main
 from train.signals import Interrupted, Interruption
+
+DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -47,3 +52,14 @@ def test_the_message_says_what_came_and_what_is_saved():
     assert str(Interrupted(signal.SIGTERM, 7)) == (
         "Stopped by SIGTERM after step 7, which is saved; the same command goes on."
     )
+
+
+def test_before_the_first_step_an_interrupt_is_a_sentence(monkeypatch, tmp_path, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "run", interrupted)
+    arguments = ["--config", str(DIGITS), "--workdir", str(tmp_path)]
+    assert main(["train.main", *arguments]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Stopped by SIGINT; ")
