@@ -179,13 +179,15 @@ def test_from_one_device_to_eight_and_back(small, start, reference, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over_by_all(small, start, reference, tmp_path):
     workdir = tmp_path / "run"
-    fault = ("SIGTERM", 25)
+    fault = ("SIGTERM", 31)
     process = start(*arguments(small, workdir), devices=4, fault=fault, **X64)
     ((status, _, stderr),) = ended([process])
     assert status == 143, stderr
-    (workdir / "checkpoints" / "26" / "info" / "metadata").write_text("{")
+    for step in (30, 32):  # the next save, of step 30, is below the newest
+        (workdir / "checkpoints" / str(step) / "info" / "metadata").write_text("{")
     first, second = ended(start_two(start, arguments(small, workdir)))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert "Passed over the checkpoint of step 26" in first[1]
+    assert "Passed over the checkpoint of step 30" in first[1]
+    assert "Passed over the checkpoint of step 32" in first[1]
     assert "Going on after step 15 of 40." in first[1]
     assert_same_run(workdir, reference)
