@@ -26,7 +26,13 @@ from train.metrics import MetricsLog, Record, write_json
 from train.progress import Clock, MetricsReader
 from train.signals import Interrupted, Interruption
 from train.step import Metrics, TrainState
-from train.workdir import check_same_run, check_unfinished, clear_damage, open_workdir
+from train.workdir import (
+    check_room,
+    check_same_run,
+    check_unfinished,
+    clear_damage,
+    open_workdir,
+)
 
 
 def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = print) -> Record:
@@ -49,6 +55,7 @@ def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = prin
     check_same_run(config, workdir)
     built = experiment.build(config)
     mesh = parallel.device_mesh()
+    check_room(workdir, built.abstract_state)
     restored = checkpoint.restore(folder, built.abstract_state)
     if restored is not None:
         state, found = restored
@@ -60,7 +67,7 @@ def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = prin
         if config.init_from:
             state = with_variables_of(state, pathlib.Path(config.init_from), say)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(open_workdir(workdir, config, state))
+        stack.enter_context(open_workdir(workdir, config))
         log = None
         if parallel.is_first():
             log = stack.enter_context(contextlib.closing(MetricsLog(workdir, int(state.step))))

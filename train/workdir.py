@@ -70,12 +70,31 @@ def check_unfinished(workdir: pathlib.Path) -> None:
         )
 
 
+def check_room(workdir: pathlib.Path, state: PyTree) -> None:
+    """Sees to it, on the first process, that a checkpoint of `state` has room.
+
+    Raises:
+      StorageError: it has not.
+    """
+    if not parallel.is_first():
+        return
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    with writing(workdir):
+        there = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+        total, _, free = shutil.disk_usage(there)
+    if total and free < needed:  # what is no disk says 0
+        raise StorageError(
+            f"{workdir} has {free / 1e6:,.1f} MB left, and a checkpoint takes "
+            f"{needed / 1e6:,.1f} MB; make room there or give a --workdir elsewhere."
+        )
+
+
 @contextlib.contextmanager
-def open_workdir(workdir: pathlib.Path, config: Config, state: PyTree) -> Iterator[None]:
+def open_workdir(workdir: pathlib.Path, config: Config) -> Iterator[None]:
     """Makes the run's folder, for this run alone, and sees to it that all processes can use it.
 
     Raises:
-      StorageError: it cannot be written, has no room for a checkpoint, or is not the same for all.
+      StorageError: it cannot be written, or is not the same for all.
       UserError: another start of the run has it, or the processes differ in their configuration.
     """
     digests = parallel.gather(zlib.crc32(json.dumps(config.as_dict()).encode()) >> 1)
@@ -87,7 +106,6 @@ def open_workdir(workdir: pathlib.Path, config: Config, state: PyTree) -> Iterat
             )
     with contextlib.ExitStack() as stack:
         if parallel.is_first():
-            _check_room(workdir, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             with writing(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(workdir))
@@ -101,18 +119,6 @@ def open_workdir(workdir: pathlib.Path, config: Config, state: PyTree) -> Iterat
                 "--workdir on a file system that all processes share."
             )
         yield
-
-
-def _check_room(workdir: pathlib.Path, needed: int) -> None:
-    """Raises StorageError if a checkpoint of `needed` bytes has no room where `workdir` is."""
-    with writing(workdir):
-        there = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
-        total, _, free = shutil.disk_usage(there)
-    if total and free < needed:  # what is no disk says 0
-        raise StorageError(
-            f"{workdir} has {free / 1e6:,.1f} MB left, and a checkpoint takes "
-            f"{needed / 1e6:,.1f} MB; make room there or give a --workdir elsewhere."
-        )
 
 
 @contextlib.contextmanager

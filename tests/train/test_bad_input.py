@@ -64,6 +64,10 @@ CHANGES = [
     (["--config.batch_size=2000"], "2000.*only 1437 examples"),
     (["--config.batch_size=60"], "60, which 8 devices cannot share"),
     (["--config.accumulate_steps=7"], "accumulate_steps = 7"),
+    (
+        ['--config.model={"name": "densenet40", "growth": 1000000000}'],
+        "MB left, and a checkpoint takes .* MB; make room",
+    ),
     (["--config.epochs=4x"], "epochs=4x"),
     (["--config.epochs=-1"], "epochs is -1.0"),
     (["--config.epochs=inf"], "epochs is inf, and it must be a finite number"),

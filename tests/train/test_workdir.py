@@ -1,6 +1,5 @@
 """A run's folder: whose it is, what another start may change, what all processes must agree on."""
 
-import numpy as np
 import pytest
 
 from train import config as config_lib
@@ -16,7 +15,6 @@ CONFIG = {
     "learning_rate": 0.1,
     "sparsity": 0.9,
 }
-STATE = {"w": np.zeros(10)}
 
 
 def config(**changes):
@@ -24,7 +22,7 @@ def config(**changes):
 
 
 def opened(workdir):
-    with open_workdir(workdir, config(), STATE):
+    with open_workdir(workdir, config()):
         return {path.name for path in workdir.iterdir()}
 
 
