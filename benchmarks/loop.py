@@ -5,8 +5,8 @@
 A ResNet-20 on scikit-learn's digits at batch 128, on one device: the pace of whole runs of the
 program, as their own `metrics.jsonl` has it (every ten steps: batches, placement, metrics read,
 checked and logged), against the pace of the compiled step called on one resident batch. Both have
-two steps in flight. They take turns, and `ratio` is that of the medians over all rounds.
-`compilations` counts programs of the training step in all runs, one a run without recompilation.
+two steps in flight. They take turns, and `ratio` is that of the medians over all rounds. (That
+nothing is compiled after the first step is a test, in `tests/train/test_communication.py`.)
 
 Takes some minutes. Appends to `benchmarks/results/loop.jsonl`.
 """
@@ -86,20 +86,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     config = make_config(arguments.steps)
-    compiled: list[str] = []
-
-    def note(event: str, duration_secs: float, **about: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(str(about.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(note)
     program: list[float] = []
     bare: list[float] = []
-    compilations = 0
     for _ in range(arguments.rounds):
-        compiled.clear()
         program += program_pace(config)
-        compilations += sum("train_step" in name for name in compiled)
         bare += bare_pace(config, arguments.steps)
     result = {
         "rounds": arguments.rounds,
@@ -109,7 +99,6 @@ def main() -> None:
         "program_fastest_ms": 1e3 / max(program),
         "ratio": statistics.median(program) / statistics.median(bare),
         "ratio_of_fastest": max(program) / max(bare),
-        "compilations": compilations,
     }
     shown = {name: round(value, 3) for name, value in result.items()}
     print_table(list(shown), [list(shown.values())])
