@@ -91,12 +91,13 @@ def parse(data: Mapping[str, Any]) -> Spec:
         )
     fields = dict(data)
     for key in ("mean", "std"):
-        if not are_channel_values(key, values := data.get(key), known.channels):
+        values: Any = data.get(key)
+        if not are_channel_values(key, values, known.channels):
             kind = "positive number(s)" if key == "std" else "number(s)"
             raise UserError(
                 f"data.{key} is {values!r}; give {known.channels} {kind}, one a channel."
             )
-        fields[key] = tuple(map(float, data[key]))
+        fields[key] = tuple(map(float, values))
     spec = Spec(**fields)
     _expect("data_dir", spec.data_dir, str, "a path, or '' for TFDS's default")
     _expect("flip", spec.flip, bool, "True or False")
