@@ -109,13 +109,15 @@ def crop_and_resize(
         height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
         box = choose(height, width)
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(box.height, box.width) >= s * size)
-        rows, content = height, encoded
+        rows = height
+        content: bytes | bytearray = encoded
         position = _height_position(encoded) if fast else None
         if position is not None:
             # libjpeg-turbo stops after as many rows as the header says, which is bound to surprise
             # it (hence strict), but gives the same pixels.
             rows = box.top + box.height
-            content = encoded[:position] + rows.to_bytes(2, "big") + encoded[position + 2 :]
+            content = bytearray(encoded)
+            content[position : position + 2] = rows.to_bytes(2, "big")
         image = simplejpeg.decode_jpeg(
             content,
             fastdct=fast,

@@ -1,9 +1,10 @@
 """Data sets that `python -m train.prepare` wrote, read by TFDS without TensorFlow."""
 
+import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -43,18 +44,31 @@ class Records:
           UserError: if one can't be read or its label is out of range.
         """
         numbers = list(map(int, numbers))
-        try:
+        with self._sentences():
             records = [_parse(record) for record in self.source.__getitems__(numbers)]
+        return list(map(self._checked, numbers, records))
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One record as `read` gives it: a third of the time if it is large, thrice if small."""
+        with self._sentences():
+            record = _parse(self.source[int(number)])
+        return self._checked(number, record)
+
+    @contextlib.contextmanager
+    def _sentences(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # ArrayRecord and the parsers above it raise anything
             raise UserError(
                 f"{self.where} can't be read ({one_line(error)}); {self.remedy}."
             ) from error
-        for number, record in zip(numbers, records, strict=True):
-            if not 0 <= record["label"] < self.num_classes:
-                raise self.error(
-                    number, f"has label {record['label']}, not one in [0, {self.num_classes})"
-                )
-        return records
+
+    def _checked(self, number: int, record: dict[str, Any]) -> dict[str, Any]:
+        if not 0 <= record["label"] < self.num_classes:
+            raise self.error(
+                number, f"has label {record['label']}, not one in [0, {self.num_classes})"
+            )
+        return record
 
     def error(self, number: int, complaint: str) -> UserError:
         """What to raise about a record."""
