@@ -14,14 +14,16 @@ import cv2
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 from jaxtyping import Int32, UInt8
 
 from train.data import augment, photographs
 from train.data.dataset import Batch, DataSet
 from train.data.order import Order
 from train.data.photographs import Box
-from train.data.prepared import Prepared, Records
+from train.data.prepared import Prepared, Records, one_line
 from train.data.spec import KNOWN, Spec
+from train.errors import UserError
 
 _MAX_THREADS = 16
 
@@ -62,10 +64,12 @@ def _batches(
 ) -> Generator[Batch, None, None]:
     """make(start), ..., make(stop - 1), made ahead by worker processes, or by threads without them.
 
-    Workers make whole batches, so that each copies one array and their number changes nothing.
+    Workers make whole batches, so that each sends one array and their number changes nothing.
     """
     flags.FLAGS.mark_as_parsed()  # Grain reads its own there; the program keeps none in them
-    threads = 1 if workers else min(os.cpu_count() or 1, _MAX_THREADS)
+    threads = 1 if workers else min(_cores(), _MAX_THREADS)
+    if workers and sys.platform == "linux":
+        make = functools.partial(_shared, make)
     batches = iter(
         grain.MapDataset.range(start, stop)
         .map(make)
@@ -80,6 +84,36 @@ def _batches(
         yield from batches
     finally:
         batches.close()
+
+
+def _cores() -> int:
+    """How many this process may use, which a job's scheduler often restricts."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _shared(make: Callable[[int], Batch], step: int) -> Batch:
+    """The batch of a step, its arrays in memory that Grain shares with the parent process.
+
+    Grain would do that itself, by copying into the mapped memory: with a page fault every 4 KiB,
+    that takes three times as long as writing to the file behind it, and where the memory is used
+    up, the kernel kills the process.
+    """
+    batch, shared = make(step), {}
+    try:
+        for name, array in batch.items():
+            shared[name] = SharedMemoryArray(array.shape, array.dtype)
+            with open(f"/dev/shm/{shared[name].shm.name}", "r+b") as file:
+                file.write(array)
+    except OSError as error:
+        for array in shared.values():
+            array.unlink_on_del()
+        raise UserError(
+            f"A batch can't be shared with the training process ({one_line(error)}); give /dev/shm "
+            "more room (docker run --shm-size) or decode in threads (--config.data.workers=0)."
+        ) from error
+    return shared
 
 
 def _begin_worker(index: int, count: int) -> None:
@@ -139,11 +173,11 @@ def _decode(
 ) -> tuple[UInt8[np.ndarray, "b s s 3"], Int32[np.ndarray, " b"]]:
     images = np.empty((len(examples), size, size, 3), np.uint8)
     labels = np.empty(len(examples), np.int32)
-    read = records.read(examples)
-    for i, (record, box) in enumerate(zip(read, boxes, strict=True)):
+    for i, (number, box) in enumerate(zip(examples, boxes, strict=True)):
+        record = records[number]
         try:
             photographs.crop_and_resize(record["image"], box, images[i], fast=fast)
         except ValueError as error:
-            raise records.error(examples[i], f"is damaged ({error})") from error
+            raise records.error(number, f"is damaged ({error})") from error
         labels[i] = record["label"]
     return images, labels

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -180,6 +181,19 @@ def test_a_damaged_record_is_one_sentence(
     with pytest.raises(UserError, match=says) as error:
         next(batches)
     assert "`python -m train.prepare imagenet2012 --data_dir" in str(error.value)
+
+
+@pytest.mark.slow
+def test_memory_that_cannot_be_shared_is_one_sentence(small_imagenet):
+    """Files are held to 5 kB, as a full /dev/shm would: a batch has 6 x 32 x 32 x 3 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # which a worker inherits
+    try:
+        batches = load(small_imagenet, workers=1).train_batches(0)
+        with pytest.raises(UserError, match=r"can't be shared .*; give /dev/shm more room"):
+            next(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_missing_imagenet_names_the_command(tmp_path):
