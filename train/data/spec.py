@@ -51,8 +51,9 @@ class Spec:
       flip: whether training mirrors images at random.
       crop_padding: pixels of padding for training's random crop, 0 for none (data sets in memory).
       image_size: height and width of the crops (ImageNet).
-      workers: processes that read and decode, 0 to do it in threads of the training process
-        (ImageNet).
+      workers: processes that read and decode, each a photograph at a time, so more of them than
+        cores where the storage is slow to answer; 0 to do it in threads of the training process,
+        with a tenth less work an image (ImageNet).
     """
 
     name: str
