@@ -38,6 +38,12 @@ def _cpu() -> str:
     return names[0] if names else platform.processor()
 
 
+def keep_to_one_core() -> None:
+    """Binds this process, and what it starts from here on, to one core where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 def append_result(name: str, record: dict[str, Any]) -> None:
     """Appends one run to `benchmarks/results/{name}.jsonl`, with its date, command and machine.
 

@@ -27,7 +27,7 @@ import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.common import append_result, print_table
+from benchmarks.common import append_result, keep_to_one_core, print_table
 from train import data
 from train.data import memory, photographs
 from train.data.order import Order
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns that each pipeline takes")
     parser.add_argument("--photographs", type=int, default=512, help="to generate")
     arguments = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    keep_to_one_core()
 
     record: dict[str, Any] = {"in_memory_images_per_second": in_memory(arguments.rounds)}
     print_table(

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import feather_jax.compact as compact
-from benchmarks.common import append_result, print_table
+from benchmarks.common import append_result, keep_to_one_core, print_table
 from train import models
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -131,8 +131,7 @@ def measure(weights: Weights, sparsity: float, path: pathlib.Path) -> dict[str, 
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    keep_to_one_core()
     rows = []
     one_layer: Shapes = {"kernel": (784, 128)}
     with tempfile.TemporaryDirectory() as folder:
