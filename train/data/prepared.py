@@ -46,7 +46,7 @@ class Records:
         numbers = list(map(int, numbers))
         with self._sentences():
             records = [_parse(record) for record in self.source.__getitems__(numbers)]
-        return list(map(self._checked, numbers, records))
+        return [self._checked(n, record) for n, record in zip(numbers, records, strict=True)]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """One record as `read` gives it: a third of the time if it is large, thrice if small."""
