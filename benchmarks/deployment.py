@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 import feather_jax as feather
 from benchmarks.common import append_result, print_table
 from train import export, models
-from train.model_file import SavedModel
+from train.store.model_file import SavedModel
 
 SPARSITIES = (0.0, 0.9, 0.95, 0.98, 0.99)
 PROGRAM_REPEATS, PRODUCT_REPEATS = 40, 200

@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 from benchmarks.common import append_result
-from train import checkpoint
+from train.store import checkpoint
 
 ARGUMENTS = (
     "--config=configs/digits.py",

@@ -22,8 +22,9 @@ import jax
 
 from benchmarks.common import append_result, print_table
 from train import config as config_lib
-from train import experiment, loop, parallel
+from train import experiment, parallel
 from train.config import Config
+from train.run import loop
 
 BATCH, EVERY, TRAINING_EXAMPLES = 128, 10, 1437
 

@@ -24,7 +24,7 @@ class Command:
     Attributes:
       config: the experiment.
       workdir: the run's folder.
-      coordinator_address: see `train.cluster.join`, as for the two below.
+      coordinator_address: see `train.run.cluster.join`, as for the two below.
       num_processes: of the job.
       process_id: of this process.
     """

@@ -21,10 +21,12 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from feather_jax.summary import format_table
 from train import config as config_lib
-from train import page, program
+from train import program
 from train.config import RESUMABLE
 from train.errors import UserError, writing
-from train.metrics import Record, read_records, write_atomically
+from train.look import page
+from train.store.files import write_atomically
+from train.store.metrics import Record, read_records
 
 _SUMMARY = (
     *("steps", "parameters", "prunable", "nonzero", "sparsity"),

@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from train import data as data_lib
-from train import model_file, parallel, program
-from train.cache import use_compilation_cache
+from train import parallel, program
 from train.data import DataSet
 from train.errors import UserError
-from train.model_file import SavedModel
+from train.run.cache import use_compilation_cache
 from train.step import make_eval_step
+from train.store import model_file
+from train.store.model_file import SavedModel
 
 
 def evaluate(

@@ -15,10 +15,10 @@ from feather_jax.masks import Mask, path_name, prunable_leaves
 from train import config as config_lib
 from train import data as data_lib
 from train import models
-from train.churn import all_kept
 from train.config import Config, Steps
 from train.errors import UserError
 from train.optimizer import learning_rate, make_optimizer
+from train.run.churn import all_kept
 from train.step import Metrics, TrainState, make_eval_step, make_train_step
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train import model_file, program
+from train import program
 from train.errors import writing
-from train.model_file import SavedModel
+from train.store import model_file
+from train.store.model_file import SavedModel
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import jax
 from absl import logging as absl_logging
 
-from train import cluster, command_line, loop, parallel
-from train.cache import use_compilation_cache
+from train import command_line, parallel
 from train.command_line import Help
 from train.errors import UserError
-from train.signals import Interrupted
+from train.run import cluster, loop
+from train.run.cache import use_compilation_cache
+from train.run.signals import Interrupted
 
 DONE, BUG, MISTAKE = 0, 1, 2
 

@@ -16,14 +16,16 @@ from jaxtyping import PyTree
 
 from feather_jax.macs import Macs
 from feather_jax.masks import path_name
-from train import checkpoint, compare, model_file, page, pictures, program
+from train import compare, program
 from train import config as config_lib
 from train.compare import Run
 from train.errors import UserError, writing
 from train.experiment import prunable_mask
-from train.inspection import PrunableLayer, histogram_of, layers_of, macs_of, total_of
-from train.metrics import write_atomically
-from train.model_file import SavedModel
+from train.look import page, pictures
+from train.look.inspection import PrunableLayer, histogram_of, layers_of, macs_of, total_of
+from train.store import checkpoint, model_file
+from train.store.files import write_atomically
+from train.store.model_file import SavedModel
 
 
 @dataclasses.dataclass(frozen=True)

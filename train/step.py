@@ -26,7 +26,7 @@ class TrainState:
       params: the dense weights.
       batch_stats: the running statistics of batch normalisation; {} without any.
       opt_state: the optimiser's state.
-      kept: which weights the last evaluation kept, for `train.churn`; the step leaves it alone.
+      kept: which weights the last evaluation kept, for `train.run.churn`; the step leaves it alone.
     """
 
     step: Int32[Array, ""]

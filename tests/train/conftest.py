@@ -112,7 +112,8 @@ def tiny_disk(tmp_path: pathlib.Path) -> Iterator[Callable[[int], pathlib.Path]]
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The workdir of a small convolutional network on digits, whose last layer stays dense."""
-    from train import config, loop
+    from train import config
+    from train.run import loop
 
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     values = {

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 
-from train import cluster, main, progress
+from train import main
+from train.run import cluster, progress
 
 
 def send_at(signum: int, step: str) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from train import config as config_lib
-from train import loop, models
+from train import models
 from train.data import spec
 from train.experiment import prunable_mask
+from train.run import loop
 
 FILES = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import feather_jax as feather
-from train import evaluate, model_file, program
+from train import evaluate, program
 from train.data import decoded, digits, spec
+from train.store import model_file
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import feather_jax as feather
-from train import export, model_file, program
+from train import export, program
+from train.store import model_file
 
 RUN = """
 import sys

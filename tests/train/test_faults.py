@@ -18,9 +18,11 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import feather_jax as feather
-from train import checkpoint, command_line, loop, parallel, progress
+from train import command_line, parallel
 from train.errors import StorageError, UserError
 from train.main import main
+from train.run import loop, progress
+from train.store import checkpoint
 
 # TensorStore calls back into an event loop that Orbax closed when the write failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

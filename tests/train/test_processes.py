@@ -10,7 +10,7 @@ import socket
 import numpy as np
 import pytest
 
-from train import checkpoint
+from train.store import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import feather_jax as feather
-from train import compare, inspection, model_file, page, program, report
+from train import compare, program, report
 from train.errors import UserError
+from train.look import inspection, page
+from train.store import model_file
 
 VOID = {"meta", "br", "path", "use", "rect"}
 

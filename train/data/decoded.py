@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from train.cache import user_cache
 from train.data.memory import Arrays
 from train.data.prepared import Records, open_prepared
+from train.store.files import user_cache
 
 _STALE_SECONDS = 3600  # no process takes as long to write its file
 _CHUNK = 1024  # TFDS reads many records at once three times as fast as one by one

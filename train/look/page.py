@@ -52,7 +52,7 @@ _TEMPLATES = jinja2.Environment(
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a file in `train/templates`; text among the values is escaped."""
+    """A page from a file in `train/look/templates`; text among the values is escaped."""
     return _TEMPLATES.get_template(template).render(values)
 
 

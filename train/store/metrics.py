@@ -14,6 +14,7 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
 from train.errors import UserError, writing
+from train.store.files import write_atomically
 
 Record = dict[str, Any]
 
@@ -164,18 +165,3 @@ def _event(**fields: Any) -> bytes:
     length = struct.pack("<Q", len(data))
     framed = [part + struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
     return b"".join(framed)
-
-
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a whole file so that, killed at any moment, the old one or the new one is there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -4,8 +4,8 @@ import jax
 import pytest
 from jax._src.distributed import State
 
-from train import cluster
 from train.errors import UserError
+from train.run import cluster
 
 
 def test_on_a_plain_machine_it_is_alone_and_says_so():

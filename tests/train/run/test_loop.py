@@ -11,10 +11,13 @@ import pytest
 
 import feather_jax as feather
 from feather_jax.masks import prunable_leaves
-from train import checkpoint, curves, experiment, loop, parallel, progress
 from train import config as config_lib
+from train import experiment, parallel
 from train.errors import UserError
 from train.evaluate import evaluate
+from train.look import curves
+from train.run import loop, progress
+from train.store import checkpoint
 
 TINY = {
     "data": {"name": "digits", "mean": [0.305], "std": [0.376], "crop_padding": 1},

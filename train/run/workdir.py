@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from jaxtyping import PyTree
 
-from train import checkpoint, parallel
+from train import parallel
 from train.config import RESUMABLE, Config, flat
 from train.errors import StorageError, UserError, writing
-from train.metrics import write_json
+from train.store import checkpoint
+from train.store.files import write_json
 
 # Network file systems show a new file to the other hosts after a while.
 VISIBLE_SECONDS = 60

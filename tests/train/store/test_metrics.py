@@ -8,7 +8,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from train.errors import StorageError, UserError
-from train.metrics import MetricsLog, read_records, write_json
+from train.store.files import write_json
+from train.store.metrics import MetricsLog, read_records
 
 
 def record(step: int) -> dict[str, float]:

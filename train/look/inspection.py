@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, PyTree
 import feather_jax as feather
 from feather_jax.macs import Macs
 from feather_jax.masks import prunable_leaves
-from train.model_file import SavedModel
+from train.store.model_file import SavedModel
 
 _RANGE = 3.0  # of the histograms, in thresholds
 _BINS = 120

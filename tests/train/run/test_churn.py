@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import config, loop
-from train.churn import all_kept, mask_churn
-from train.signals import Interrupted, Interruption
+from train import config
+from train.run import loop
+from train.run.churn import all_kept, mask_churn
+from train.run.signals import Interrupted, Interruption
 
 
 @settings(max_examples=30)

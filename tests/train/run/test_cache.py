@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from train import cache
+from train.run import cache
 
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax import monitoring
-from train.cache import use_compilation_cache
+from train.run.cache import use_compilation_cache
 
 counts = {"/jax/compilation_cache/cache_hits": 0, "/jax/compilation_cache/cache_misses": 0}
 def count(name, **_):

@@ -5,7 +5,7 @@ import pytest
 from train import config as config_lib
 from train import parallel
 from train.errors import StorageError, UserError
-from train.workdir import check_same_run, open_workdir
+from train.run.workdir import check_same_run, open_workdir
 
 CONFIG = {
     "data": {"name": "digits", "mean": [0.3], "std": [0.4]},

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from train import loop
 from train.main import main
-from train.signals import Interrupted, Interruption
+from train.run import loop
+from train.run.signals import Interrupted, Interruption
 
-DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
+DIGITS = pathlib.Path(__file__).parents[3] / "configs" / "digits.py"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -34,7 +34,7 @@ def test_the_first_signal_counts():
 def test_a_second_sigint_ends_the_process_at_once():
     program = (
         "import signal\n"
-        "from train.signals import Interruption\n"
+        "from train.run.signals import Interruption\n"
         "with Interruption():\n"
         "    signal.raise_signal(signal.SIGINT)\n"
         "    print('noted', flush=True)\n"

@@ -1,6 +1,5 @@
 """JAX's cache of compiled programs, in the user's cache directory."""
 
-import os
 import pathlib
 import re
 import tempfile
@@ -8,6 +7,8 @@ import warnings
 from collections.abc import Callable
 
 import jax
+
+from train.store.files import user_cache
 
 _UNREADABLE = r"Error reading persistent compilation cache entry for '(?P<program>[^']+)'"
 
@@ -28,16 +29,6 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     warnings.filterwarnings("always", message=_UNREADABLE)
     warnings.showwarning = _deleting_unreadable(warnings.showwarning)
-
-
-def user_cache() -> pathlib.Path:
-    """XDG_CACHE_HOME, or ~/.cache without it.
-
-    References:
-      XDG Base Directory Specification, which has relative paths ignored.
-    """
-    given = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else pathlib.Path(os.path.expanduser("~")) / ".cache"
 
 
 def _can_write(folder: pathlib.Path) -> bool:

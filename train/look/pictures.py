@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from train import curves, page
-from train.inspection import Histogram, PrunableLayer
-from train.metrics import Record
+from train.look import curves, page
+from train.look.inspection import Histogram, PrunableLayer
+from train.store.metrics import Record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from train.errors import UserError
 from train.experiment import Experiment
-from train.metrics import MetricsLog, Record
 from train.step import Metrics
+from train.store.metrics import MetricsLog, Record
 
 
 @dataclasses.dataclass

@@ -14,10 +14,11 @@ import numpy as np
 import optax
 import pytest
 
-from train import checkpoint, loop, progress
-from train.checkpoint import Checkpoints
 from train.errors import StorageError, UserError
+from train.run import loop, progress
 from train.step import TrainState
+from train.store import checkpoint
+from train.store.checkpoint import Checkpoints
 
 
 def state_at(step: int) -> TrainState:

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 import feather_jax as feather
-from train import checkpoint
 from train.errors import UserError
 from train.step import TrainState
+from train.store import checkpoint
 
 
 def with_variables_of(

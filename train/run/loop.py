@@ -13,26 +13,29 @@ from jaxtyping import PyTree
 
 import feather_jax as feather
 from feather_jax.masks import prunable_leaves
-from train import checkpoint, curves, experiment, model_file, parallel, report
-from train.checkpoint import Checkpoints
-from train.churn import mask_churn
+from train import experiment, parallel, report
 from train.compare import Run
 from train.config import Config
 from train.errors import StorageError, writing
 from train.evaluate import evaluate
 from train.experiment import Experiment
-from train.init_from import with_variables_of
-from train.metrics import MetricsLog, Record, write_json
-from train.progress import Clock, MetricsReader
-from train.signals import Interrupted, Interruption
-from train.step import Metrics, TrainState
-from train.workdir import (
+from train.look import curves
+from train.run.churn import mask_churn
+from train.run.init_from import with_variables_of
+from train.run.progress import Clock, MetricsReader
+from train.run.signals import Interrupted, Interruption
+from train.run.workdir import (
     check_room,
     check_same_run,
     check_unfinished,
     clear_damage,
     open_workdir,
 )
+from train.step import Metrics, TrainState
+from train.store import checkpoint, model_file
+from train.store.checkpoint import Checkpoints
+from train.store.files import write_json
+from train.store.metrics import MetricsLog, Record
 
 
 def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = print) -> Record:

@@ -6,10 +6,10 @@ import optax
 import pytest
 
 import feather_jax as feather
-from train.checkpoint import Checkpoints
 from train.errors import UserError
-from train.init_from import with_variables_of
+from train.run.init_from import with_variables_of
 from train.step import TrainState
+from train.store.checkpoint import Checkpoints
 
 
 def state(seed: int, width: int = 5) -> TrainState:
