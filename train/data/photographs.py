@@ -9,6 +9,8 @@ import numpy as np
 import simplejpeg
 from jaxtyping import Float, Float64, UInt8
 
+from train.data import pixels
+
 UNIFORMS = 24  # random numbers that a photograph may use; a multiple of Philox's block of 4
 
 _TRIES = 10
@@ -83,31 +85,34 @@ def center_box(height: int, width: int) -> Box:
 def crop_and_resize(
     encoded: bytes,
     choose: Callable[[int, int], Box],
-    out: UInt8[np.ndarray, "s s 3"],
+    out: UInt8[np.ndarray, "s s c"],
     *,
     fast: bool,
+    upright: bool = False,
 ) -> None:
-    """Decodes a photograph and resizes a part of it.
+    """Decodes a picture and resizes a part of it.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part has no fewer pixels than `out`
     then; libjpeg-turbo does that in the inverse DCT, which saves time and averages where bilinear
     interpolation would skip pixels. What is below the part is not decoded.
 
     Args:
-      encoded: a file's bytes: a JPEG (RGB, greyscale or CMYK) or anything else OpenCV decodes.
+      encoded: a file's bytes: a JPEG (RGB, greyscale or CMYK) or what `pixels.decode` takes.
       choose: gives the part from the image's height and width.
-      out: where the part is written, RGB.
+      out: where the part is written, RGB or one channel of grey.
       fast: whether to be quick and to overlook damage below the part: with libjpeg-turbo's fast
         DCT, chroma repeated instead of interpolated, and only the rows that are needed, a quarter
         of the time is saved.
+      upright: whether the picture is turned as its EXIF orientation says.
 
     Raises:
-      ValueError: if the bytes are no image, or a truncated one.
+      ValueError: if the bytes are no picture, or a truncated one.
     """
-    size = out.shape[0]
+    size, channels = out.shape[1:]
+    turn = pixels.jpeg_turn(encoded) if upright else pixels.UPRIGHT
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
-        box = choose(height, width)
+        box = _as_stored(choose, height, width, turn)
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(box.height, box.width) >= s * size)
         rows = height
         content: bytes | bytearray = encoded
@@ -120,18 +125,34 @@ def crop_and_resize(
             content[position : position + 2] = rows.to_bytes(2, "big")
         image = simplejpeg.decode_jpeg(
             content,
+            colorspace="RGB" if channels == 3 else "GRAY",
             fastdct=fast,
             fastupsample=fast,
             min_height=-(-rows // scale),
             min_width=-(-width // scale),
             strict=position is None,
         )
-    except ValueError:  # another format, or a harmless oddity that OpenCV passes over
-        image, scale = _decode_any(encoded), 1
+    except ValueError:  # another format, or a harmless oddity that Pillow passes over
+        image, scale, turn = pixels.decode(encoded, channels, upright=upright), 1, pixels.UPRIGHT
         box = choose(*image.shape[:2])
     top, left, height, width = (round(value / scale) for value in box)
     part = image[top : top + height, left : left + width]
-    cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+    resized = cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
+    out[...] = turn.apply(resized.reshape(out.shape))
+
+
+def _as_stored(
+    choose: Callable[[int, int], Box], height: int, width: int, turn: pixels.Turn
+) -> Box:
+    """The part that `choose` gives of the turned picture, in the picture as it is stored."""
+    if turn.transpose:
+        height, width = width, height
+    top, left, h, w = choose(height, width)
+    if turn.upside_down:
+        top = height - top - h
+    if turn.mirror:
+        left = width - left - w
+    return Box(left, top, w, h) if turn.transpose else Box(top, left, h, w)
 
 
 def _height_position(encoded: bytes) -> int | None:
@@ -153,11 +174,3 @@ def _height_position(encoded: bytes) -> int | None:
             return frame + 5 if single else None
         i += 2 + length
     return None
-
-
-def _decode_any(encoded: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION  # as libjpeg, which knows no EXIF
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
-    if image is None:
-        raise ValueError("neither libjpeg-turbo nor OpenCV can decode it")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

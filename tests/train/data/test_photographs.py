@@ -8,7 +8,7 @@ import pytest
 import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from train.data import photographs
 from train.data.photographs import Box
@@ -142,7 +142,7 @@ def test_bytes_between_the_segments_are_passed_over(capfd):
     ],
 )
 def test_what_is_no_whole_image_is_an_error(content, fast):
-    with pytest.raises(ValueError, match="can decode it"):
+    with pytest.raises(ValueError, match="can't decode it"):
         crop(content, Box(0, 0, 8, 8), fast=fast)
 
 
@@ -162,6 +162,49 @@ def test_a_large_photograph_is_decoded_small(scale, monkeypatch):
     got = crop(encoded(image), box)
     assert sizes == [(50, 49)]
     assert np.abs(got - by_pillow(image, box, 48)).max() <= 8
+
+
+def turned(image, orientation):
+    """What Pillow makes of an image whose file has this EXIF orientation."""
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(file, "PNG", exif=exif)
+    return np.array(ImageOps.exif_transpose(Image.open(file)))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
+def test_a_photograph_is_turned_upright_where_asked_to(orientation, fast):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(smooth(), exif=exif, quality=95)
+    upright = turned(smooth(), orientation)
+    sizes = []
+
+    def choose(height, width):
+        sizes.append((height, width))
+        return Box(10, 31, 60, 45)
+
+    out = np.zeros((48, 48, 3), np.uint8)
+    photographs.crop_and_resize(content, choose, out, fast=fast, upright=True)
+    assert sizes == [upright.shape[:2]]
+    assert np.abs(out - by_pillow(upright, Box(10, 31, 60, 45), 48)).max() <= 10
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_one_channel_is_grey(format):
+    out = np.zeros((48, 48, 1), np.uint8)
+    box = Box(10, 30, 80, 80)
+    photographs.crop_and_resize(encoded(smooth(), format), lambda *_: box, out, fast=False)
+    grey = (smooth() @ [0.299, 0.587, 0.114]).round().astype(np.uint8)
+    assert np.abs(out[..., 0] - by_pillow(grey, box, 48)).max() <= 6
+
+
+def test_a_picture_of_the_size_that_is_wanted_is_taken_as_it_is():
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    got = crop(encoded(image, "PNG"), Box(0, 0, 28, 28), size=28)
+    np.testing.assert_array_equal(got, image)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 2**30))
