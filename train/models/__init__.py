@@ -2,6 +2,7 @@
 
 All are called alike: `model.apply(variables, images, train=..., axis_name=None)`, with images
 [batch, height, width, channels], gives logits [batch, classes] in float32 (float64 if `dtype` is).
+Those with dropout or stochastic depth take `keys` besides, one an example, in training.
 Batch normalisation keeps its running statistics in the collection "batch_stats", and takes those of
 the whole batch where `axis_name` says that it is spread over devices.
 """
@@ -18,7 +19,9 @@ from train.errors import UserError
 from train.models.densenet import DenseNet
 from train.models.lenet import LeNet5, LeNet300
 from train.models.mobilenet import MobileNet
+from train.models.mobilenet_v2 import MobileNetV2
 from train.models.resnet import CifarResNet, ResNet
+from train.models.vit import ViT
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet300": LeNet300,
@@ -27,8 +30,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": CifarResNet,
     "mobilenet": functools.partial(MobileNet, stem_strides=1, pointwise_bias=True),
     "densenet40": DenseNet,
+    "resnet18": functools.partial(ResNet, blocks_per_stage=(2, 2, 2, 2), bottleneck=False),
+    "resnet34": functools.partial(ResNet, bottleneck=False),
     "resnet50": ResNet,
     "imagenet_mobilenet": MobileNet,
+    "mobilenet_v2": MobileNetV2,
+    "vit_tiny": functools.partial(ViT, width=192, heads=3),
+    "vit_small": ViT,
+    "vit_base": functools.partial(ViT, width=768, heads=12),
 }
 
 
@@ -77,8 +86,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     elif kind is int:
         wanted, right = "a whole number above 0", is_whole(value)
     elif kind is float:
-        wanted = "a number above 0 and at most 1"
-        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+        wanted = "a number from 0 to 1"
+        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
     else:
         wanted = "a sequence of whole numbers above 0"
         right = isinstance(value, list | tuple) and bool(value) and all(map(is_whole, value))

@@ -1,4 +1,4 @@
-"""What the networks have in common: PyTorch's padding and initial weights, and the classifier."""
+"""What the networks have in common: PyTorch's padding and initial weights, dropout, the head."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from train.errors import UserError
 from train.models.norm import at_least_float32
@@ -96,6 +96,47 @@ def classify(
 def pool_globally(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
     """The mean over height and width, in float32 or, of float64, in float64."""
     return jnp.mean(x, (1, 2), dtype=at_least_float32(x.dtype))
+
+
+def dropout(
+    x: Float[Array, "b ..."],
+    rate: float,
+    keys: Key[Array, " b"] | None,
+    *,
+    whole: bool = False,
+) -> Float[Array, "b ..."]:
+    """Zeroes entries at random, and scales the others so that the expectation stays.
+
+    Linen's takes one key for all examples, so that what an example loses depends on which others
+    share its device. Here it has a key of its own.
+
+    Args:
+      x: the activations.
+      rate: the probability of a zero, in [0, 1).
+      keys: one an example; None for no dropout, as in evaluation.
+      whole: whether an example is zeroed as a whole or not at all, which is stochastic depth where
+        `x` is what a residual branch adds.
+
+    Raises:
+      UserError: `rate` is 1 or more.
+    """
+    if not rate < 1:
+        raise UserError(
+            f"config.model has a rate of dropout or stochastic depth of {rate}, which leaves "
+            "nothing; choose one in [0, 1)."
+        )
+    if not rate or keys is None:
+        return x
+    shape = (1,) * (x.ndim - 1) if whole else x.shape[1:]
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def fold_in(keys: Key[Array, " b"] | None, number: int) -> Key[Array, " b"] | None:
+    """Keys of their own for the part of a network with this number."""
+    if keys is None:
+        return None
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def check_images(images: Array, network: str, least: int) -> None:

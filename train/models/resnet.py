@@ -1,4 +1,4 @@
-"""Residual networks: ResNet-20 and smaller for small images, ResNet-50 v1.5 for ImageNet.
+"""Residual networks: ResNet-20 and smaller for small images; ResNet-18, 34 and 50 for ImageNet.
 
 References:
   He, Zhang, Ren and Sun, Deep Residual Learning (2016), https://arxiv.org/abs/1512.03385
@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from train.models.layers import (
@@ -30,24 +31,27 @@ class BasicBlock(nn.Module):
       features: output channels.
       strides: of the first convolution and of the projection.
       dtype: of the computation.
+      last_scale: the initial scale of the last normalisation.
     """
 
     features: int
     strides: int
     dtype: Any
+    last_scale: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], *, train: bool, axis_name: str | None
     ) -> Float[Array, "b h2 w2 c2"]:
-        def norm(y: Array, name: str) -> Array:
-            return BatchNorm(self.dtype, name=name)(y, train=train, axis_name=axis_name)
+        def norm(y: Array, name: str, scale_init: Initializer = nn.initializers.ones) -> Array:
+            module = BatchNorm(self.dtype, scale_init, name=name)
+            return module(y, train=train, axis_name=axis_name)
 
         dtype, strides = self.dtype, self.strides
         y = conv(self.features, 3, strides=strides, dtype=dtype, name="conv1")(x)
         y = nn.relu(norm(y, "norm1"))
         y = conv(self.features, 3, dtype=dtype, name="conv2")(y)
-        y = norm(y, "norm2")
+        y = norm(y, "norm2", self.last_scale)
         if strides != 1 or x.shape[-1] != self.features:
             x = conv(self.features, 1, strides=strides, dtype=dtype, name="projection")(x)
             x = norm(x, "projection_norm")
@@ -61,17 +65,19 @@ class Bottleneck(nn.Module):
       features: channels of the 3x3 convolution; the block gives four times as many.
       strides: of the 3x3 convolution and of the projection.
       dtype: of the computation.
+      last_scale: the initial scale of the last normalisation.
     """
 
     features: int
     strides: int
     dtype: Any
+    last_scale: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], *, train: bool, axis_name: str | None
     ) -> Float[Array, "b h2 w2 c2"]:
-        def norm(y: Array, name: str, scale_init=nn.initializers.ones) -> Array:
+        def norm(y: Array, name: str, scale_init: Initializer = nn.initializers.ones) -> Array:
             module = BatchNorm(self.dtype, scale_init, name=name)
             return module(y, train=train, axis_name=axis_name)
 
@@ -81,7 +87,7 @@ class Bottleneck(nn.Module):
         y = conv(self.features, 3, strides=strides, dtype=dtype, name="conv2")(y)
         y = nn.relu(norm(y, "norm2"))
         y = conv(wide, 1, dtype=dtype, name="conv3")(y)
-        y = norm(y, "norm3", nn.initializers.zeros)
+        y = norm(y, "norm3", self.last_scale)
         if strides != 1 or x.shape[-1] != wide:
             x = conv(wide, 1, strides=strides, dtype=dtype, name="projection")(x)
             x = norm(x, "projection_norm")
@@ -129,7 +135,7 @@ class CifarResNet(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of bottlenecks after a 7x7 convolution and a pooling: ResNet-50 v1.5.
+    """Stages of blocks after a 7x7 convolution and a pooling: ResNet-50 v1.5, ResNet-18 and 34.
 
     Convolutions begin He normal (fan-out), the last scale of each block at zero, and the last
     layer as PyTorch builds it (torchvision's model does not change it).
@@ -138,12 +144,14 @@ class ResNet(nn.Module):
       num_classes: number of logits.
       blocks_per_stage: the number of blocks of each stage.
       width: channels of the 3x3 convolutions in the first stage; they double with each stage.
+      bottleneck: whether a block is a `Bottleneck` or, as up to 34 layers, a `BasicBlock`.
       dtype: of the computation.
     """
 
     num_classes: int
     blocks_per_stage: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
+    bottleneck: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -155,12 +163,13 @@ class ResNet(nn.Module):
         norm = BatchNorm(self.dtype, name="stem_norm")
         x = nn.relu(norm(x, train=train, axis_name=axis_name))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        make = Bottleneck if self.bottleneck else BasicBlock
         for stage, blocks in enumerate(self.blocks_per_stage, 1):
             for block in range(1, blocks + 1):
                 strides = 2 if stage > 1 and block == 1 else 1
                 features = self.width * 2 ** (stage - 1)
                 name = f"stage{stage}_block{block}"
-                module = Bottleneck(features, strides, self.dtype, name=name)
+                module = make(features, strides, self.dtype, nn.initializers.zeros, name=name)
                 x = module(x, train=train, axis_name=axis_name)
         return classify(
             pool_globally(x),

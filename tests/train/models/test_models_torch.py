@@ -38,6 +38,10 @@ class Reference:
         padding = kernel.shape[-1] // 2 if padding is None else padding
         return F.conv2d(x, kernel, self.param(f"{name}/bias"), stride, padding, groups=groups)
 
+    def layer_norm(self, name, x):
+        scale, bias = self.param(f"{name}/scale"), self.param(f"{name}/bias")
+        return F.layer_norm(x, x.shape[-1:], scale, bias, eps=1e-6)
+
     def norm(self, name, x):
         return F.batch_norm(
             x,
@@ -57,11 +61,11 @@ class Reference:
         return F.relu(self.norm(name, x))
 
 
-def basic_block(net, at, x, stride):
+def basic_block(net, at, x, stride, project):
     y = net.norm_relu(f"{at}/norm1", net.conv(f"{at}/conv1", x, stride))
     y = net.norm(f"{at}/norm2", net.conv(f"{at}/conv2", y))
-    if stride == 2:
-        x = net.norm(f"{at}/projection_norm", net.conv(f"{at}/projection", x, 2))
+    if project:
+        x = net.norm(f"{at}/projection_norm", net.conv(f"{at}/projection", x, stride))
     return F.relu(x + y)
 
 
@@ -70,7 +74,7 @@ def resnet20(net, x):
     for stage in (1, 2, 3):
         for block in (1, 2, 3):
             stride = 2 if (stage, block) in ((2, 1), (3, 1)) else 1
-            x = basic_block(net, f"stage{stage}_block{block}", x, stride)
+            x = basic_block(net, f"stage{stage}_block{block}", x, stride, project=stride == 2)
     return net.linear("head", x.mean((2, 3)))
 
 
@@ -83,13 +87,14 @@ def bottleneck(net, at, x, stride, project):
     return F.relu(x + y)
 
 
-def resnet50(net, x, blocks_per_stage=(3, 4, 6, 3)):
+def resnet(net, x, block_of, blocks_per_stage):
     x = net.norm_relu("stem_norm", net.conv("stem", x, 2))
     x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
     for stage, blocks in enumerate(blocks_per_stage, 1):
         for block in range(1, blocks + 1):
             stride = 2 if block == 1 and stage > 1 else 1
-            x = bottleneck(net, f"stage{stage}_block{block}", x, stride, project=block == 1)
+            project = block == 1 and (stage > 1 or block_of is bottleneck)
+            x = block_of(net, f"stage{stage}_block{block}", x, stride, project)
     return net.linear("head", x.mean((2, 3)))
 
 
@@ -102,6 +107,53 @@ def mobilenet(net, x, stem_stride=1):
         x = net.norm_relu(f"{at}/depthwise_norm", depthwise)
         x = net.norm_relu(f"{at}/pointwise_norm", net.conv(f"{at}/pointwise", x))
     return net.linear("head", x.mean((2, 3)))
+
+
+def mobilenet_v2(net, x):
+    def norm_relu6(name, x):
+        return F.relu6(net.norm(name, x))
+
+    x = norm_relu6("stem_norm", net.conv("stem", x, 2))
+    number = 0
+    table = [(1, 1, 1), (6, 2, 2), (6, 3, 2), (6, 4, 2), (6, 3, 1), (6, 3, 2), (6, 1, 1)]
+    for expansion, blocks, stride in table:
+        for block in range(blocks):
+            number += 1
+            at, y = f"block{number}", x
+            if expansion > 1:
+                y = norm_relu6(f"{at}/expand_norm", net.conv(f"{at}/expand", y))
+            y = net.conv(f"{at}/depthwise", y, stride if block == 0 else 1, groups=y.shape[1])
+            y = norm_relu6(f"{at}/depthwise_norm", y)
+            y = net.norm(f"{at}/project_norm", net.conv(f"{at}/project", y))
+            x = x + y if block else y
+    x = norm_relu6("last_norm", net.conv("last", x))
+    return net.linear("head", x.mean((2, 3)))
+
+
+def vit(net, x, patch, depth, heads, class_token):
+    patches = F.unfold(x, patch, stride=patch).transpose(1, 2)  # channels are slowest in a patch
+    embedding = net.param("patch_embedding/kernel").permute(2, 0, 1, 3).flatten(0, 2)
+    x = patches @ embedding + net.param("patch_embedding/bias")
+    if class_token:
+        x = torch.cat([net.param("class_token").expand(len(x), 1, -1), x], dim=1)
+    x = x + net.param("positions")
+    batch, tokens, width = x.shape
+    for number in range(1, depth + 1):
+        at = f"block{number}"
+        y = net.layer_norm(f"{at}/norm1", x)
+        q, k, v = (
+            net.linear(f"{at}/attention/{name}", y)
+            .view(batch, tokens, heads, width // heads)
+            .transpose(1, 2)
+            for name in ("query", "key", "value")
+        )
+        scores = torch.softmax(q @ k.transpose(2, 3) / (width // heads) ** 0.5, dim=-1)
+        y = (scores @ v).transpose(1, 2).reshape(batch, tokens, width)
+        x = x + net.linear(f"{at}/attention/out", y)
+        y = F.gelu(net.linear(f"{at}/mlp1", net.layer_norm(f"{at}/norm2", x)))
+        x = x + net.linear(f"{at}/mlp2", y)
+    x = net.layer_norm("norm", x)
+    return net.linear("head", x[:, 0] if class_token else x.mean(1))
 
 
 def densenet(net, x, layers=6):
@@ -130,17 +182,22 @@ def lenet5(net, x):
     return net.linear("head", F.relu(net.linear("hidden", x)))
 
 
+SLOW = pytest.mark.slow
+SMALL_VIT = {"name": "vit_tiny", "patch": 4, "width": 24, "depth": 2}
+VIT_IMAGES = (3, 12, 16, 3)
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
     ("spec", "reference", "shape"),
     [
         ({"name": "resnet20", "widths": (8, 12, 16)}, resnet20, (3, 32, 32, 3)),
-        pytest.param({"name": "mobilenet"}, mobilenet, (3, 16, 16, 3), marks=pytest.mark.slow),
+        pytest.param({"name": "mobilenet"}, mobilenet, (3, 16, 16, 3), marks=SLOW),
         pytest.param(
             {"name": "imagenet_mobilenet"},
             functools.partial(mobilenet, stem_stride=2),
             (3, 32, 32, 3),
-            marks=pytest.mark.slow,
+            marks=SLOW,
         ),
         (
             {"name": "densenet40", "layers_per_block": 2, "growth": 6},
@@ -149,10 +206,31 @@ def lenet5(net, x):
         ),
         (
             {"name": "resnet50", "width": 8, "blocks_per_stage": (2, 1, 1)},
-            functools.partial(resnet50, blocks_per_stage=(2, 1, 1)),
+            functools.partial(resnet, block_of=bottleneck, blocks_per_stage=(2, 1, 1)),
             (3, 64, 64, 3),
         ),
-        pytest.param({"name": "resnet50"}, resnet50, (2, 64, 64, 3), marks=pytest.mark.slow),
+        pytest.param(
+            {"name": "resnet50"},
+            functools.partial(resnet, block_of=bottleneck, blocks_per_stage=(3, 4, 6, 3)),
+            (2, 64, 64, 3),
+            marks=SLOW,
+        ),
+        (
+            {"name": "resnet18", "width": 8, "blocks_per_stage": (2, 1, 1)},
+            functools.partial(resnet, block_of=basic_block, blocks_per_stage=(2, 1, 1)),
+            (3, 64, 64, 3),
+        ),
+        pytest.param({"name": "mobilenet_v2"}, mobilenet_v2, (2, 64, 64, 3), marks=SLOW),
+        (
+            SMALL_VIT,
+            functools.partial(vit, patch=4, depth=2, heads=3, class_token=True),
+            VIT_IMAGES,
+        ),
+        (
+            SMALL_VIT | {"class_token": False},
+            functools.partial(vit, patch=4, depth=2, heads=3, class_token=False),
+            VIT_IMAGES,
+        ),
         ({"name": "lenet300"}, lenet300, (3, 28, 28, 1)),
         ({"name": "lenet5"}, lenet5, (3, 28, 28, 1)),
     ],
@@ -163,6 +241,10 @@ def lenet5(net, x):
         "densenet",
         "bottleneck",
         "resnet50",
+        "resnet18",
+        "mobilenet_v2",
+        "vit",
+        "vit_mean",
         "lenet300",
         "lenet5",
     ],
