@@ -90,7 +90,7 @@ def make(case: Case, sparsity: float, mesh: Mesh | None = None) -> Program:
         }
     )
     steps = config_lib.steps(config, num_train=1_000_000)
-    prune = feather.Feather(sparsity, steps.prune_end) if sparsity else None
+    prune = feather.Feather(sparsity, end_step=steps.prune_end) if sparsity else None
     tx = make_optimizer(config, steps, prune)
     dtype = jnp.dtype(case.compute_dtype)
     model = models.build(config.model, num_classes=case.num_classes, dtype=dtype)

@@ -3,7 +3,7 @@
 from feather_jax.compact import load, load_metadata, save
 from feather_jax.feather import Feather
 from feather_jax.macs import count_macs
-from feather_jax.masks import prunable_weights
+from feather_jax.masks import path_mask, prunable_weights
 from feather_jax.operator import sparsify, threshold_operator
 from feather_jax.schedule import cubic_schedule, default_theta
 from feather_jax.selection import global_threshold
@@ -18,6 +18,7 @@ __all__ = [
     "global_threshold",
     "load",
     "load_metadata",
+    "path_mask",
     "prunable_weights",
     "save",
     "scale_pruned_gradients",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from feather_jax.masks import Mask, is_floating, map_prefix, resolve_mask
+from feather_jax.masks import Mask, is_floating, map_prefix, pruning_mask
 
 
 def threshold_operator(
@@ -89,7 +89,8 @@ def sparsify(
       A pytree like `params`; leaves that are not prunable are the same objects.
 
     Raises:
-      TypeError, ValueError: as `threshold_operator`; the mask or the thresholds do not fit.
+      TypeError, ValueError: as `threshold_operator`; the mask or the thresholds do not fit, or
+        nothing is prunable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,7 +103,7 @@ def sparsify(
     def thresholded(weight: Array, threshold: Array, selected: bool) -> Array:
         return threshold_operator(weight, threshold, p) if selected else weight
 
-    thresholds, mask = spread_threshold(threshold, params), resolve_mask(params, prunable)
+    thresholds, mask = spread_threshold(threshold, params), pruning_mask(params, prunable)
     return jax.tree.map(thresholded, params, thresholds, mask)
 
 

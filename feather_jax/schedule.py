@@ -4,6 +4,7 @@ import math
 import operator
 from typing import SupportsFloat, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, ScalarLike
@@ -21,7 +22,10 @@ def check_sparsity(sparsity: SupportsFloat) -> float:
 
 
 def cubic_schedule(
-    sparsity: float, begin_step: SupportsIndex, end_step: SupportsIndex
+    sparsity: float,
+    *,
+    begin_step: SupportsIndex | SupportsFloat,
+    end_step: SupportsIndex | SupportsFloat,
 ) -> optax.Schedule:
     """Sparsity that grows fast at first and ever slower until it is reached.
 
@@ -30,16 +34,18 @@ def cubic_schedule(
 
     Args:
       sparsity: the final sparsity S, in [0, 1).
-      begin_step: t1, the update (counted from 0) at which sparsity begins to grow.
-      end_step: t2, the update from which on it is S.
+      begin_step: t1, the update (counted from 0) at which sparsity begins to grow, a whole number
+        of any type, as 1e4 and `np.ceil(...)` are.
+      end_step: t2, the update from which on it is S, likewise.
 
     Returns:
       A function of the update's number, a Python int or a (traced) integer array of any shape,
       that gives the sparsity in JAX's default float dtype.
 
     Raises:
-      ValueError: the sparsity is outside [0, 1), `begin_step` is negative or after `end_step`.
-      TypeError: a step is not an integer.
+      ValueError: the sparsity is outside [0, 1), a step is not whole, `begin_step` is negative or
+        after `end_step`.
+      TypeError: a step is not a number, or a traced one.
 
     Example:
       >>> from feather_jax import cubic_schedule
@@ -52,7 +58,7 @@ def cubic_schedule(
       with Feather's released settings: t1 = 0 and t2 half of all steps.
     """
     final = check_sparsity(sparsity)
-    begin, end = operator.index(begin_step), operator.index(end_step)
+    begin, end = check_step(begin_step, "begin_step"), check_step(end_step, "end_step")
     if begin < 0:
         raise ValueError(f"begin_step counts updates from 0, and it is {begin}.")
     if end < begin:
@@ -70,6 +76,25 @@ def cubic_schedule(
         return jnp.where(left <= 0, final, jnp.where(left > 1, 0, growing))
 
     return schedule
+
+
+def check_step(step: SupportsIndex | SupportsFloat, name: str) -> int:
+    """`step` as a Python int, or one sentence that says what the argument `name` must be."""
+    if isinstance(step, jax.core.Tracer):
+        raise TypeError(f"{name} is static: give a Python number, not a traced value.")
+    try:
+        return operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    try:
+        number = float(step) if isinstance(step, SupportsFloat) else None
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} counts updates, a whole number, and it is {step!r}.")
+    if not number.is_integer():
+        raise ValueError(f"{name} counts updates and must be a whole number; it is {number}.")
+    return int(number)
 
 
 def as_step(step: ScalarLike) -> Array:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, ScalarLike, UInt, UInt32
 
-from feather_jax.masks import Mask, prunable_leaves
+from feather_jax.masks import Mask, no_prunable_weight, prunable_leaves
 
 # The candidates of a round, in standard deviations about the estimated position. More of them would
 # take fewer rounds, each limited by arithmetic instead of memory.
@@ -94,11 +94,7 @@ def _prunable(params: PyTree, prunable: Mask | None) -> tuple[list[Array], int, 
     leaves = [leaf for leaf in arrays if leaf.size]
     size = sum(leaf.size for leaf in leaves)
     if not size:
-        raise ValueError(
-            "There is no prunable weight to select a threshold from: by default a leaf is prunable "
-            "if it is named 'kernel' and has two dimensions or more; pass `prunable`, a pytree of "
-            "bools, to choose others."
-        )
+        raise no_prunable_weight(params)
     if size >= 2**32:
         raise ValueError(
             f"One threshold can be selected from at most 2**32 - 1 weights, and {size} are "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from feather_jax.masks import Mask, resolve_mask
+from feather_jax.masks import Mask, pruning_mask
 from feather_jax.operator import comparable, spread_threshold
 from feather_jax.schedule import check_theta
 
@@ -32,8 +32,8 @@ def scale_pruned_gradients(
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. The updates keep their dtypes; `update` raises
-      ValueError where `params` or `threshold` is missing. `threshold` is a scalar or a pytree
-      prefix of params, as for `sparsify`.
+      ValueError where `params` or `threshold` is missing, or nothing is prunable. `threshold` is a
+      scalar or a pytree prefix of params, as for `sparsify`.
 
     Raises:
       ValueError: theta is negative or not finite.
@@ -89,7 +89,7 @@ def scale_pruned_gradients(
             updates,
             params,
             spread_threshold(threshold, params),
-            resolve_mask(params, prunable),
+            pruning_mask(params, prunable),
             is_leaf=passed_over,
         )
         return new_updates, state

@@ -54,15 +54,56 @@ def test_a_bad_hyperparameter_is_one_sentence_at_construction(bad, message):
     assert ". " not in text.rstrip(".")
 
 
+def test_hyperparameters_go_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        Feather(0.9, 500, 100)
+    prune = Feather(0.9, end_step=1e4, begin_step=np.ceil(99.5))
+    assert prune == Feather(0.9, end_step=10_000, begin_step=100)
+    assert type(prune.end_step) is type(prune.begin_step) is int
+    with pytest.raises(ValueError, match="end_step counts updates and must be a whole number"):
+        Feather(0.9, end_step=9.5)
+
+
+def test_a_selection_is_chosen_and_sees_a_number_at_the_end():
+    """One threshold a layer, by a user's own function, exact from `end_step` on."""
+    seen = []
+
+    def by_layer(params, sparsity, *, prunable=None):
+        assert prunable is mask
+        seen.append(sparsity)
+        return {
+            name: {"kernel": jnp.quantile(jnp.abs(layer["kernel"]), sparsity), "bias": 0.0}
+            for name, layer in params.items()
+        }
+
+    params = network()
+    mask = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    prune = Feather(0.75, end_step=4, prunable=mask, select=by_layer, p=jnp.inf)
+    for step in (2, 4):
+        seen.clear()
+        threshold = jax.jit(prune.threshold)(params, step)
+        assert {type(sparsity) for sparsity in seen} > {float}
+        for name, layer in params.items():
+            kernel = np.abs(layer["kernel"])
+            expected = np.quantile(kernel, 0.75 * (1 - (1 - step / 4) ** 3))
+            np.testing.assert_allclose(threshold[name]["kernel"], expected, rtol=1e-5)
+            eager = prune.threshold(params, step)[name]["kernel"]
+            np.testing.assert_allclose(eager, expected, rtol=1e-5)
+    final = prune.finalize(params)
+    for name, layer in params.items():
+        kept = np.abs(layer["kernel"]) > np.quantile(np.abs(layer["kernel"]), 0.75)
+        np.testing.assert_array_equal(final[name]["kernel"], np.where(kept, layer["kernel"], 0))
+
+
 def test_a_traced_exponent_is_an_error_at_construction():
     with pytest.raises(ValueError, match="exponent p is static"):
-        jax.jit(lambda p: Feather(0.9, 10, p=p).sparsify(network(), 1.0))(3.0)
+        jax.jit(lambda p: Feather(0.9, end_step=10, p=p).sparsify(network(), 1.0))(3.0)
 
 
 def test_is_plain_frozen_data():
     prune = Feather(sparsity=0.9, end_step=10)
-    assert prune == Feather(0.9, 10, begin_step=0, p=3.0, theta=None, prunable=None)
-    assert hash(prune) == hash(Feather(0.9, 10))
+    assert prune == Feather(0.9, end_step=10, begin_step=0, p=3.0, theta=None, prunable=None)
+    assert hash(prune) == hash(Feather(0.9, end_step=10))
     with pytest.raises(dataclasses.FrozenInstanceError):
         prune.sparsity = 0.5
 
@@ -70,7 +111,7 @@ def test_is_plain_frozen_data():
 def test_each_method_is_the_function_with_its_hyperparameters():
     params = network()
     mask = {"Conv_0": False, "Dense_0": {"kernel": True, "bias": False}}
-    prune = Feather(0.5, 10, begin_step=2, p=1.0, theta=0.25, prunable=mask)
+    prune = Feather(0.5, end_step=10, begin_step=2, p=1.0, theta=0.25, prunable=mask)
     assert prune.sparsity_at(1) == 0
     np.testing.assert_allclose(prune.sparsity_at(6), 0.5 * (1 - 0.5**3), rtol=1e-6)
     assert prune.sparsity_at(10) == 0.5
@@ -100,7 +141,7 @@ def test_each_method_is_the_function_with_its_hyperparameters():
 @pytest.mark.parametrize(("sparsity", "theta"), [(0.9, 1.0), (0.95, 1.0), (0.98, 0.5)])
 def test_theta_follows_the_final_sparsity(sparsity, theta):
     params = weights(10)
-    tx = Feather(sparsity, 10).scale_gradients()
+    tx = Feather(sparsity, end_step=10).scale_gradients()
     ones = jax.tree.map(np.ones_like, params)
     updates, _ = tx.update(ones, tx.init(params), params, threshold=100.0)
     np.testing.assert_array_equal(updates["kernel"], np.full((1, 10), theta, np.float32))
@@ -108,7 +149,7 @@ def test_theta_follows_the_final_sparsity(sparsity, theta):
 
 def test_the_threshold_under_jit_is_the_eager_one():
     params = network()
-    prune = Feather(0.9, 10, begin_step=3)
+    prune = Feather(0.9, end_step=10, begin_step=3)
     threshold = jax.jit(prune.threshold)
     for step in (0, 3, 10, 11, 2**30):
         np.testing.assert_array_equal(threshold(params, step), prune.threshold(params, step))
@@ -121,7 +162,7 @@ def test_the_threshold_under_jit_is_the_eager_one():
 def test_the_threshold_is_the_quantile_of_the_schedule():
     params = network()
     magnitudes = np.abs(np.concatenate([params[k]["kernel"].ravel() for k in params]))
-    threshold = jax.jit(Feather(0.9, 10).threshold)
+    threshold = jax.jit(Feather(0.9, end_step=10).threshold)
     for step in range(1, 12):
         sparsity = 0.9 * (1 - (1 - min(step, 10) / 10) ** 3)
         expected = np.quantile(magnitudes.astype(float), sparsity)
@@ -130,7 +171,7 @@ def test_the_threshold_is_the_quantile_of_the_schedule():
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32])
 def test_the_step_may_be_of_any_integer_dtype(dtype):
-    params, prune = network(), Feather(0.9, 1000)
+    params, prune = network(), Feather(0.9, end_step=1000)
     threshold = prune.threshold(params, 100)
     np.testing.assert_array_equal(prune.threshold(params, dtype(100)), threshold)
     np.testing.assert_array_equal(prune.threshold(params, jnp.asarray(dtype(100))), threshold)
@@ -162,7 +203,7 @@ def test_from_end_step_on_the_threshold_is_the_final_one(size, sparsity):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.98, 0.999])
 def test_finalize_leaves_the_final_sparsity(sparsity):
     params = {**weights(1001), "bias": np.float32([0.5, -1e-9, 0])}
-    final = Feather(sparsity, 10).finalize(params)
+    final = Feather(sparsity, end_step=10).finalize(params)
     zeros = np.count_nonzero(np.asarray(final["kernel"]) == 0)
     assert zeros == (math.floor(sparsity * 1000) + 1 if sparsity else 0)
     assert final["bias"] is params["bias"]
@@ -176,7 +217,7 @@ def test_finalize_leaves_the_final_sparsity(sparsity):
 
 def test_finalize_under_jit_and_in_16_bits():
     params = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), weights(129))
-    prune = Feather(0.75, 10)
+    prune = Feather(0.75, end_step=10)
     final = np.asarray(jax.jit(prune.finalize)(params)["kernel"])
     assert final.dtype == jnp.bfloat16
     np.testing.assert_array_equal(final == 0, np.abs(params["kernel"]) <= 97)
@@ -204,21 +245,33 @@ def test_the_number_of_zeros_at_a_thousand_sizes_and_sparsities():
 
 def test_a_single_weight():
     params = {"kernel": np.float32([[2.0]])}
-    assert Feather(0.5, 10).finalize(params)["kernel"] == 0
-    assert Feather(0.0, 10).finalize(params)["kernel"] == 2
+    assert Feather(0.5, end_step=10).finalize(params)["kernel"] == 0
+    assert Feather(0.0, end_step=10).finalize(params)["kernel"] == 2
 
 
 def test_ties_are_pruned_together():
     params = {"kernel": np.float32([[1, -1, 1, 2, -2, 2, 3, 3, 3, 3]])}
-    final = Feather(0.5, 10, p=jnp.inf).finalize(params)["kernel"]
+    final = Feather(0.5, end_step=10, p=jnp.inf).finalize(params)["kernel"]
     np.testing.assert_array_equal(final, [[0, 0, 0, 0, 0, 0, 3, 3, 3, 3]])
 
 
 def test_no_prunable_weight_is_an_error():
-    prune = Feather(0.9, 10)
-    for call in (prune.finalize, lambda params: prune.threshold(params, 0)):
-        with pytest.raises(ValueError, match="no prunable weight"):
-            call({"bias": jnp.ones(3)})
+    prune = Feather(0.9, end_step=10)
+    ones = {"w": jnp.ones((3, 3)), "bias": jnp.ones(3)}
+    for call in (
+        prune.finalize,
+        lambda params: prune.threshold(params, 0),
+        lambda params: jax.jit(prune.threshold)(params, 0),
+        lambda params: prune.sparsify(params, 0.5),
+        lambda params: prune.scale_gradients().update(params, (), params, threshold=0.5),
+    ):
+        with pytest.raises(
+            ValueError, match=r"no prunable weight among the .*\(bias, w\).*path_mask"
+        ):
+            call(ones)
+        for nothing in ({}, {"kernel": jnp.ones(3)}):
+            with pytest.raises(ValueError, match="no prunable weight"):
+                call(nothing)
 
 
 def test_trains_on_every_device_as_on_one():

@@ -14,6 +14,7 @@ PUBLIC = {
     "global_threshold",
     "load",
     "load_metadata",
+    "path_mask",
     "prunable_weights",
     "save",
     "scale_pruned_gradients",
@@ -40,7 +41,7 @@ import sys
 sys.modules.update(dict.fromkeys(["flax", "orbax", "tensorflow", "matplotlib", "train"]))
 import jax.numpy as jnp
 import feather_jax as feather
-prune = feather.Feather(0.5, 1)
+prune = feather.Feather(0.5, end_step=1)
 print(feather.summarize(prune.finalize({"kernel": jnp.arange(1.0, 6.0)[None]})).nonzero)
 loaded = {name for name, module in sys.modules.items() if module is not None}
 print([name for name in ("flax", "orbax", "matplotlib") if name in loaded])

@@ -1,16 +1,25 @@
 """Masks as Optax has them, and the default one for the trees that Flax users hold."""
 
+import pickle
 import re
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx, struct
 
-from feather_jax import global_threshold, prunable_weights, scale_pruned_gradients, sparsify
-from feather_jax.masks import map_prefix, path_name, prunable_leaves, resolve_mask
+from feather_jax import (
+    global_threshold,
+    path_mask,
+    prunable_weights,
+    scale_pruned_gradients,
+    sparsify,
+)
+from feather_jax.masks import map_prefix, path_name, prunable_leaves, pruning_mask, resolve_mask
 
 
 def network():
@@ -68,6 +77,10 @@ def test_floats_for_storage_are_left_alone(dtype):
         ({"bias": np.ones((3, 3), np.float32)}, "an attention's bias"),
         ({"embedding": np.ones((3, 3), np.float32)}, "an embedding"),
         ({"kernel": {"scale": np.ones((3, 3), np.float32)}}, "not the last key"),
+        ({"kernel": [np.ones((3, 3), np.float32)]}, "below the key"),
+        ({"kernel": nnx.Dict(scale=jnp.ones((3, 3)))}, "an attribute below the key"),
+        ({"kernel": jax.nn.relu}, "a function"),
+        ({"kernel": jax.random.split(jax.random.key(0), (2, 2))}, "keys"),
         ({"my_kernel": np.ones((3, 3), np.float32)}, "another name"),
         ([np.ones((3, 3), np.float32)], "no name"),
         (np.ones((3, 3), np.float32), "no tree"),
@@ -81,14 +94,40 @@ class Boxed(NamedTuple):
     value: np.ndarray
 
 
-def test_what_lies_around_the_last_dict_key_does_not_matter():
+class Quantised(NamedTuple):
+    values: np.ndarray
+    scale: np.ndarray
+
+
+@struct.dataclass
+class Layer:
+    kernel: object
+    bias: object
+
+
+def test_boxes_and_attributes_are_names():
     kernel = np.ones((3, 3), np.float32)
-    params = {"layers": [{"kernel": Boxed(kernel)}, ({"kernel": kernel}, {"bias": kernel})]}
+    params = {
+        "layers": [{"kernel": Boxed(kernel)}, ({"kernel": kernel}, {"bias": kernel})],
+        "own": Layer(kernel, kernel),
+        "stored": {"kernel": Quantised(np.ones((3, 3), np.int8), kernel)},
+    }
     assert prunable_weights(params) == {
-        "layers": [{"kernel": Boxed(True)}, ({"kernel": True}, {"bias": False})]
+        "layers": [{"kernel": Boxed(True)}, ({"kernel": True}, {"bias": False})],
+        "own": Layer(True, False),
+        "stored": {"kernel": Quantised(False, False)},
     }
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    assert paths == ["layers/0/kernel", "layers/1/0/kernel", "layers/1/1/bias"]
+    assert paths == [
+        "layers/0/kernel",
+        "layers/1/0/kernel",
+        "layers/1/1/bias",
+        "own/kernel",
+        "own/bias",
+        "stored/kernel/values",
+        "stored/kernel/scale",
+    ]
+    assert path_name(jax.tree_util.tree_leaves_with_path(Boxed(kernel))[0][0]) == "value"
     assert path_name(jax.tree_util.tree_leaves_with_path([kernel])[0][0]) == "0"
     assert path_name(()) == ""
 
@@ -182,6 +221,111 @@ def test_masked_nodes_are_passed_over():
     assert resolve_mask(params, {**BOTH_KERNELS, "count": {"a": True, "b": [1, 2]}}) == expected
     with pytest.raises(ValueError, match="must have the structure"):
         resolve_mask(params, {"Conv_0": True, "Dense_0": {"kernel": True}, "count": True})
+
+
+def test_a_module_is_a_tree_and_not_a_function():
+    module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    assert callable(module)
+    for params in (module, nnx.state(module), nnx.state(module, nnx.Param)):
+        mask = prunable_weights(params)
+        names = jax.tree_util.tree_leaves_with_path(mask)
+        assert {path_name(path) for path, selected in names if selected} == {"kernel"}
+        for prunable in (mask, lambda params, mask=mask: mask):
+            zeroed = sparsify(params, 1e9, prunable=prunable)
+            np.testing.assert_array_equal(
+                zeroed["kernel"][...] if params is not module else zeroed.kernel[...], 0
+            )
+    network = eqx.nn.MLP(2, 1, 3, depth=1, key=jax.random.key(0))  # callable, with functions in it
+    mask = eqx.tree_at(
+        lambda tree: tree.layers[0].weight, jax.tree.map(lambda _: False, network), True
+    )
+    zeroed = sparsify(network, 1e9, prunable=mask)
+    assert jnp.all(zeroed.layers[0].weight == 0)
+    assert zeroed.layers[1].weight is network.layers[1].weight
+    with pytest.raises(
+        TypeError, match="selects 'activation' for pruning, whose type is custom_jvp"
+    ):
+        sparsify(network, 1e9, prunable=True)
+
+
+def test_a_mask_may_have_boxes_where_the_parameters_have_none():
+    """`nnx.Optimizer` makes its state from variables and updates it with bare arrays."""
+    boxed = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    bare = nnx.as_pure(boxed)
+    for mask in (prunable_weights(boxed), prunable_weights(bare)):
+        for params in (boxed, bare):
+            resolved = resolve_mask(params, mask)
+            assert jax.tree.structure(resolved) == jax.tree.structure(params)
+            assert jax.tree.leaves(resolved) == [False, True]
+
+
+def by_name(params, include=(), exclude=()):
+    mask = jax.tree_util.tree_leaves_with_path(path_mask(include, exclude)(params))
+    return {path_name(path) for path, selected in mask if selected}
+
+
+def test_path_mask():
+    params = network()
+    kernels = {"Conv_0/kernel", "Dense_0/kernel"}
+    assert path_mask()(params) == BOTH_KERNELS
+    assert path_mask(exclude=["Dense.*"])(params) == CONV_KERNEL
+    assert by_name(params, [".*/kernel"]) == kernels
+    assert by_name(params, ["Conv_0/.*"]) == {"Conv_0/kernel", "Conv_0/bias"}
+    assert by_name(params, [".*"]) == kernels | {"Conv_0/bias", "Dense_0/bias"}  # no counts
+    assert by_name(params, ".*", ".*/bias") == kernels
+    assert by_name(params, [".*"], [".*/bias", "Conv.*"]) == {"Dense_0/kernel"}
+    # The whole path, and not a part of it.
+    for include in ("kernel", "Dense_0", "ense_0/kernel", "Dense_0/kerne"):
+        with pytest.raises(ValueError, match=f"include holds '{include}', which matches no"):
+            path_mask([include])(params)
+
+
+def test_path_mask_is_a_mask():
+    params = network()
+    prunable = path_mask(exclude=["Conv.*"])
+    assert resolve_mask(params, prunable) == {**BOTH_KERNELS, "Conv_0": NOTHING["Conv_0"]}
+    assert resolve_mask(jax.eval_shape(network), prunable) == resolve_mask(params, prunable)
+    copy = pickle.loads(pickle.dumps(prunable))  # to another process
+    assert copy(params) == prunable(params)
+    hidden = {**params, "Conv_0": optax.MaskedNode()}  # by optax.partition
+    assert resolve_mask(hidden, prunable)["Dense_0"] == {"kernel": True, "bias": False}
+
+
+def test_path_mask_of_equinox_and_haiku():
+    network = eqx.nn.MLP(2, 1, 3, depth=1, key=jax.random.key(0))
+    assert by_name(network, ["layers/.*/weight"]) == {"layers/0/weight", "layers/1/weight"}
+    params = {"mlp/~/linear_0": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}}
+    assert by_name(params, [".*/w"]) == {"mlp/~/linear_0/w"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"include": ["count"]}, "include holds 'count', which matches no .* Conv_0/bias"),
+        ({"exclude": ["Dense_0/bias"]}, "exclude holds 'Dense_0/bias', .* prunable ones are Conv"),
+        ({"include": ["Conv.*"], "exclude": ["Dense.*"]}, "exclude holds 'Dense.*'"),
+        ({"exclude": ["Dense_0/kernel", "Dense"]}, "exclude holds 'Dense', which"),
+        ({"include": ["*"]}, r"takes regular expressions, and '\*' is none: nothing to repeat"),
+        ({"exclude": [3]}, "takes regular expressions, and 3 is none"),
+    ],
+)
+def test_path_mask_says_what_matches_nothing(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        path_mask(**given)(network())
+    assert "\n" not in str(error.value)
+
+
+def test_that_nothing_is_prunable_is_an_error_but_not_where_a_part_is_hidden():
+    bias = {"bias": np.ones((3, 3), np.float32)}
+    assert resolve_mask(bias) == {"bias": False}
+    with pytest.raises(ValueError, match=r"no prunable weight among the parameters \(bias\)"):
+        pruning_mask(bias)
+    with pytest.raises(ValueError, match=r"\(one without a name\)"):
+        pruning_mask(bias["bias"])
+    with pytest.raises(ValueError, match=r"\(a0, a1, a10, a11, a2, a3, a4, a5, 4 more\)"):
+        pruning_mask({f"a{i}": np.ones(1) for i in range(12)})
+    hidden = {**bias, "kernel": optax.MaskedNode()}
+    assert pruning_mask(hidden) == {"bias": False, "kernel": optax.MaskedNode()}
 
 
 def test_map_prefix_gives_paths_values_and_subtrees():

@@ -103,7 +103,7 @@ def test_is_plain_data():
 def test_agrees_with_finalize():
     rng = np.random.default_rng(1)
     params = {"kernel": rng.normal(size=(7, 143)).astype(np.float32)}
-    summary = summarize(Feather(0.9, 1).finalize(params))
+    summary = summarize(Feather(0.9, end_step=1).finalize(params))
     assert summary.prunable - summary.nonzero == 900 + 1
     assert summary.sparsity == pytest.approx(0.9, abs=1e-3)
 

@@ -52,6 +52,14 @@ def test_scales_the_updates_of_pruned_prunable_weights():
     assert_trees_equal(zeroed["head"]["kernel"], [[0], [0], [9]])
 
 
+def test_flattened_weights_have_no_names_which_is_an_error():
+    with pytest.raises(ValueError, match=r"no prunable weight among .*\(one without a name\)"):
+        updated(optax.flatten(scale_pruned_gradients(0.25)), threshold=0.5)
+    named = optax.flatten(scale_pruned_gradients(0.25, prunable=True))
+    scaled = updated(named, threshold=0.5)  # biases too: in one vector there is no other way
+    assert_trees_equal(scaled["head"]["kernel"], SCALED["head"]["kernel"])
+
+
 def test_what_is_scaled_is_what_is_pruned():
     @settings(max_examples=100)
     @given(
