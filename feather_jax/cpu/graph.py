@@ -236,21 +236,22 @@ class Pad:
         return tuple(shape), x.dtype
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Take:
+    """Element indices[...] of the input in row-major order; the indices are in bounds."""
+
+    indices: np.ndarray
+
+    def result(self, x: "Node") -> tuple[Shape, np.dtype]:
+        return self.indices.shape, x.dtype
+
+
+# fmt: off
 Operation = (
-    Input
-    | Constant
-    | Convolution
-    | MatMul
-    | Pool
-    | Reduce
-    | Elementwise
-    | Concatenate
-    | Transpose
-    | Reshape
-    | Broadcast
-    | Slice
-    | Pad
+    Input | Constant | Convolution | MatMul | Pool | Reduce | Elementwise | Concatenate | Transpose
+    | Reshape | Broadcast | Slice | Pad | Take
 )
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -304,6 +305,20 @@ def elementwise(
     result = np.dtype(dtype) if dtype is not None else inputs[-1].dtype
     step = Step(function, tuple(range(len(inputs))), result)
     return Node(Elementwise((step,)), inputs, name)
+
+
+def reshape(x: Node, shape: Shape, name: str = "") -> Node:
+    return x if x.shape == shape else Node(Reshape(shape), (x,), name)
+
+
+def transpose(x: Node, permutation: tuple[int, ...], name: str = "") -> Node:
+    if permutation == tuple(range(len(permutation))):
+        return x
+    return Node(Transpose(permutation), (x,), name)
+
+
+def broadcast(x: Node, shape: Shape, name: str = "") -> Node:
+    return x if x.shape == shape else Node(Broadcast(shape), (x,), name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

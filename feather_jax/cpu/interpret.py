@@ -23,6 +23,7 @@ from feather_jax.cpu.graph import (
     Reshape,
     Slice,
     Steps,
+    Take,
     Transpose,
     window_counts,
 )
@@ -70,6 +71,8 @@ def evaluate(node: Node, *inputs: Array) -> Array:
             result = _slice(node.operation, *inputs)
         case Pad():
             result = _pad(node.operation, *inputs)
+        case Take(indices):
+            result = np.ravel(inputs[0])[indices]
         case _:
             raise TypeError(f"{node} has no value of its own")
     return result.astype(node.dtype)
