@@ -1,21 +1,18 @@
 """Prepared data sets that fit in memory: decoded once, then kept as arrays on disk."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
-import tempfile
-import time
-import zipfile
 
 import cv2
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from train.data import kept
 from train.data.memory import Arrays
 from train.data.prepared import Records, open_prepared
-from train.store.files import user_cache
 
-_STALE_SECONDS = 3600  # no process takes as long to write its file
 _CHUNK = 1024  # TFDS reads many records at once three times as fast as one by one
 
 
@@ -38,16 +35,27 @@ def load(name: str, shape: tuple[int, int, int], data_dir: str) -> Arrays:
     """
     prepared = open_prepared(name, data_dir)
     directory = pathlib.Path(prepared.directory)
-    place = hashlib.sha256(os.fspath(directory.resolve()).encode()).hexdigest()[:16]
-    path = user_cache() / "feather_jax" / "data" / f"{name}-{place}.npz"
-    made_of = _fingerprint(directory)
-    arrays = _read(path, made_of)
-    if arrays is None:
-        arrays = Arrays(
-            *_decode(prepared.train, shape), *_decode(prepared.evaluation, shape), prepared.classes
-        )
-        _write(path, arrays, made_of)
-    return arrays
+    path = kept.place(name, os.path.realpath(directory))
+    made_of = np.array(_fingerprint(directory))
+    arrays = kept.read(path)
+    if arrays.get("made_of") != made_of:
+        train, evaluation = _decode(prepared.train, shape), _decode(prepared.evaluation, shape)
+        arrays = {
+            "train_images": train[0],
+            "train_labels": train[1],
+            "eval_images": evaluation[0],
+            "eval_labels": evaluation[1],
+        }
+        # A full disk or a read-only home costs time at the next start, no more.
+        with contextlib.suppress(OSError):
+            kept.write(path, arrays | {"made_of": made_of})
+    return Arrays(
+        arrays["train_images"],
+        arrays["train_labels"],
+        arrays["eval_images"],
+        arrays["eval_labels"],
+        prepared.classes,
+    )
 
 
 def _decode(
@@ -73,46 +81,3 @@ def _fingerprint(directory: pathlib.Path) -> str:
     """Names, sizes and times of the files that the arrays are made of."""
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in directory.iterdir())
     return hashlib.sha256(repr(files).encode()).hexdigest()
-
-
-def _read(path: pathlib.Path, made_of: str) -> Arrays | None:
-    """The arrays in a file, None if it is not there, damaged (zip's CRC-32) or of other records."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["made_of"]) != made_of:
-                return None
-            return Arrays(
-                file["train_images"],
-                file["train_labels"],
-                file["eval_images"],
-                file["eval_labels"],
-                tuple(file["classes"].tolist()),
-            )
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
-        return None
-
-
-def _write(path: pathlib.Path, arrays: Arrays, made_of: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob("*.tmp"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                left.unlink(missing_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                np.savez(
-                    file,
-                    made_of=np.array(made_of),
-                    train_images=arrays.train_images,
-                    train_labels=arrays.train_labels,
-                    eval_images=arrays.eval_images,
-                    eval_labels=arrays.eval_labels,
-                    classes=np.array(arrays.classes),
-                )
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                pathlib.Path(file.name).unlink(missing_ok=True)
-                raise
-    except OSError:  # a full disk or a read-only home costs time at the next start, no more
-        pass
