@@ -17,7 +17,7 @@ import feather_jax as feather
 from feather_jax.masks import prunable_leaves
 from train import config as config_lib
 from train import models, parallel
-from train.data.augment import augment_and_normalize
+from train.data.augment import Augmentation, augment_and_normalize
 from train.experiment import state_initializer
 from train.optimizer import learning_rate, make_optimizer
 from train.step import TrainState, make_train_step
@@ -104,8 +104,7 @@ def make(case: Case, sparsity: float, mesh: Mesh | None = None) -> Program:
             augment_and_normalize,
             mean=channel,
             std=channel,
-            crop_padding=case.crop_padding,
-            flip=True,
+            augmentation=Augmentation(crop_padding=case.crop_padding, flip=True),
         ),
         seed=0,
     )

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from train.data import augment
+from train.data.augment import Augmentation
 from train.data.dataset import Batch, DataSet
 from train.data.order import Order
 from train.data.spec import KNOWN, Spec
@@ -39,8 +40,7 @@ def data_set(spec: Spec, arrays: Arrays, train_order: Order, eval_order: Order) 
             augment.augment_and_normalize,
             mean=spec.mean,
             std=spec.std,
-            crop_padding=spec.crop_padding,
-            flip=spec.flip,
+            augmentation=Augmentation(crop_padding=spec.crop_padding, flip=spec.flip),
         ),
         eval_preprocess=functools.partial(augment.normalize, mean=spec.mean, std=spec.std),
         classes=arrays.classes,

@@ -13,9 +13,8 @@ from train.data import pixels
 
 UNIFORMS = 24  # random numbers that a photograph may use; a multiple of Philox's block of 4
 
-_TRIES = 10
-_AREA = (0.08, 1.0)
-_RATIO = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+CROP_RATIO = (3 / 4, 4 / 3)
 
 cv2.setNumThreads(0)  # threads and processes that decode are the parallelism
 
@@ -44,8 +43,10 @@ def uniforms(seed: int, step: int, first: int, count: int) -> Float64[np.ndarray
     return (bits >> 11) * 2.0**-53
 
 
-def random_box(height: int, width: int, u: Float[np.ndarray, " 24"]) -> Box:
-    """A box of 8 to 100 % of the image's area and of aspect ratio 3/4 to 4/3.
+def random_box(
+    height: int, width: int, u: Float[np.ndarray, " 24"], least_area: float = 0.08
+) -> Box:
+    """A box of at least a part of the image's area, and of aspect ratio 3/4 to 4/3.
 
     The area is uniform, the ratio log-uniform; a box that does not fit is drawn again up to ten
     times, after which the largest central box of the nearest ratio is taken.
@@ -54,22 +55,23 @@ def random_box(height: int, width: int, u: Float[np.ndarray, " 24"]) -> Box:
       height: of the image.
       width: of the image.
       u: uniform numbers in [0, 1); the last two are left to the caller.
+      least_area: of the box, as a fraction of the image's, in (0, 1].
 
     References:
       Szegedy et al., Going deeper with convolutions (CVPR 2015), section 6; torchvision's
       RandomResizedCrop for the fallback.
     """
-    log_low, log_high = map(math.log, _RATIO)
-    for a, r in zip(u[:_TRIES].tolist(), u[_TRIES : 2 * _TRIES].tolist(), strict=True):
-        area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * a)
+    log_low, log_high = map(math.log, CROP_RATIO)
+    for a, r in zip(u[:CROP_TRIES].tolist(), u[CROP_TRIES : 2 * CROP_TRIES].tolist(), strict=True):
+        area = height * width * (least_area + (1 - least_area) * a)
         ratio = math.exp(log_low + (log_high - log_low) * r)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top = int(u[2 * _TRIES] * (height - h + 1))
-            left = int(u[2 * _TRIES + 1] * (width - w + 1))
+            top = int(u[2 * CROP_TRIES] * (height - h + 1))
+            left = int(u[2 * CROP_TRIES + 1] * (width - w + 1))
             return Box(top, left, h, w)
-    h = min(height, max(1, round(width / _RATIO[0])))
-    w = min(width, max(1, round(height * _RATIO[1])))
+    h = min(height, max(1, round(width / CROP_RATIO[0])))
+    w = min(width, max(1, round(height * CROP_RATIO[1])))
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
