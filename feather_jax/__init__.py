@@ -3,6 +3,7 @@
 from feather_jax.compact import load, load_metadata, save
 from feather_jax.feather import Feather
 from feather_jax.macs import count_macs
+from feather_jax.magnitude import block_magnitude
 from feather_jax.masks import path_mask, prunable_weights
 from feather_jax.operator import sparsify, threshold_operator
 from feather_jax.schedule import cubic_schedule, default_theta
@@ -12,6 +13,7 @@ from feather_jax.transform import scale_pruned_gradients
 
 __all__ = [
     "Feather",
+    "block_magnitude",
     "count_macs",
     "cubic_schedule",
     "default_theta",

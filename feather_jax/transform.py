@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from feather_jax.magnitude import Magnitude
 from feather_jax.masks import Mask, pruning_mask
-from feather_jax.operator import comparable, spread_threshold
+from feather_jax.operator import scale_pruned, spread_threshold
 from feather_jax.schedule import check_theta
 
 
 def scale_pruned_gradients(
-    theta: float | Float[Array, ""], *, prunable: Mask | None = None
+    theta: float | Float[Array, ""],
+    *,
+    prunable: Mask | None = None,
+    magnitude: Magnitude | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by theta the updates of the prunable weights that are pruned, |w| <= threshold.
 
@@ -29,6 +33,8 @@ def scale_pruned_gradients(
     Args:
       theta: the scale, finite and at least 0; an array inside `optax.inject_hyperparams`.
       prunable: which weights may be pruned; `prunable_weights` by default.
+      magnitude: what is compared with the threshold; None for |w|. Optax's `inject_hyperparams`
+        takes functions for schedules: name it in its `static_args`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. The updates keep their dtypes; `update` raises
@@ -80,9 +86,7 @@ def scale_pruned_gradients(
         def scaled(update: Any, weight: Array, threshold: Array, selected: bool) -> Any:
             if passed_over(update) or not selected:
                 return update
-            weight, threshold = comparable(weight, threshold)
-            pruned = (jnp.abs(weight) <= threshold) & (threshold > 0)
-            return jnp.where(pruned, scale * update, update).astype(update.dtype)
+            return scale_pruned(scale, update, weight, threshold, magnitude or jnp.abs)
 
         new_updates = jax.tree.map(
             scaled,

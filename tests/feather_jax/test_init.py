@@ -8,6 +8,7 @@ import feather_jax
 
 PUBLIC = {
     "Feather",
+    "block_magnitude",
     "count_macs",
     "cubic_schedule",
     "default_theta",

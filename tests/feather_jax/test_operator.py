@@ -10,10 +10,11 @@ import jax
 import jax.ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 
-from feather_jax import sparsify, threshold_operator
+from feather_jax import scale_pruned_gradients, sparsify, threshold_operator
 
 EXPONENTS = (1.0, 1.15, 1.5, 2.0, 3.0, 3.5, 10.0, np.inf)
 operator = jax.jit(threshold_operator, static_argnums=2)
@@ -168,6 +169,73 @@ def test_no_nan_comes_of_numbers(p):
             assert np.all(np.abs(value) <= np.abs(w))
 
 
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_nothing_grows(p):
+    rng = np.random.default_rng(9)
+    w = (2 ** rng.uniform(0, 1, 2**16)).astype(np.float32)
+    # Where (T/w)^2 vanishes next to 1, but T/w does not, rounding goes up as often as down.
+    thresholds = (w * 10 ** rng.uniform(-9, 0, w.size)).astype(np.float32)
+    assert np.all(operator(w, thresholds, p) <= w)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 3.5, np.inf])
+def test_another_magnitude(p):
+    """w (1 - (T/m)^p)^(1/p) in extended precision, with a magnitude far from |w|."""
+    rng = np.random.default_rng(10)
+    w = (rng.normal(size=(64, 16)) * 10 ** rng.uniform(-3, 3, (64, 16))).astype(np.float32)
+
+    def largest_of_row(w):
+        return jnp.max(jnp.abs(w), axis=1, keepdims=True)
+
+    m = np.abs(w).max(1, keepdims=True)
+    thresholds = (m * rng.uniform(0.5, 1.3, m.shape)).astype(np.float32)
+    thresholds[0], thresholds[1] = m[0], np.nextafter(m[1], np.float32(0))
+    thresholds[2] = 0
+    compiled = jax.jit(partial(threshold_operator, p=p, magnitude=largest_of_row))
+    value = np.asarray(compiled(w, thresholds))
+    ratio = np.minimum(np.longdouble(thresholds) / m, 1)
+    exponent = np.longdouble(p)
+    expected = w * (1 if np.isinf(p) else (1 - ratio**exponent) ** (1 / exponent)) * (ratio < 1)
+    kept = np.broadcast_to(m > thresholds, w.shape)
+    assert 20 < kept[:, 0].sum() < 60
+    np.testing.assert_array_equal(value[~kept], 0)
+    assert ulps(value, expected)[kept].max() <= (3 if p in (1, 2, 3, np.inf) else 10)
+    np.testing.assert_array_equal(value[2], w[2])
+
+
+def test_a_magnitude_is_taken_in_float32_whatever_the_threshold_is():
+    seen = []
+
+    def magnitude(w):
+        seen.append(w.dtype)
+        return jnp.abs(w)
+
+    with jax.enable_x64(True):
+        for w_dtype, threshold_dtype in [("bfloat16", "bfloat16"), ("float32", "float64")]:
+            w = jnp.asarray([1.0, -3.0], w_dtype)
+            threshold = jnp.asarray(2, threshold_dtype)
+            value = threshold_operator(w, threshold, np.inf, magnitude=magnitude)
+            np.testing.assert_array_equal(value, [0, -3])
+            assert value.dtype == w_dtype
+    assert set(seen) == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "error", "message"),
+    [
+        (
+            lambda w: jnp.abs(w).sum(1),
+            ValueError,
+            r"gives the shape \(4, 2\); reduce with keepdims",
+        ),
+        (lambda w: w > 0, TypeError, "real floating-point numbers, and this one gives bool"),
+    ],
+)
+def test_magnitudes_that_are_errors(magnitude, error, message):
+    with pytest.raises(error, match=message):
+        threshold_operator(jnp.ones((4, 3, 2)), 0.5, magnitude=magnitude)
+
+
 THRESHOLD_SHAPES = [(), (1,), (6,), (5, 1), (1, 6), (4, 1, 1), (4, 1, 6), (4, 5, 6)]
 
 
@@ -279,12 +347,13 @@ def sample(shape=(8, 6), seed=3):
 
 
 def straight_through(w, threshold, weights):
-    """The gradient of sum(weights * sin(P(w))) if P's derivative is taken to be 1."""
-    return weights * np.cos(reference(w, threshold, 3)).astype(np.float32)
+    """The gradient of sum(weights * exp(P(w))) if P's derivative is taken to be 1."""
+    return weights * np.exp(reference(w, threshold, 3)).astype(np.float32)
 
 
-def loss(w, threshold, weights):
-    return jnp.sum(weights * jnp.sin(threshold_operator(w, threshold)))
+def loss(w, threshold, weights, **options):
+    # Of all derivatives of exp none is zero at zero, where pruned entries are.
+    return jnp.sum(weights * jnp.exp(threshold_operator(w, threshold, **options)))
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
@@ -330,7 +399,7 @@ def test_nothing_is_saved_for_the_backward_pass(capsys):
 def test_a_hessian_vector_product_is_straight_through():
     w, weights, vector = sample(), sample(seed=4), sample(seed=5)
     gradient = jax.grad(loss)
-    expected = -weights * np.sin(reference(w, 0.7, 3)).astype(np.float32) * vector
+    expected = straight_through(w, 0.7, weights) * vector
 
     def forward_over_reverse(w):
         return jax.jvp(lambda w: gradient(w, 0.7, weights), (w,), (vector,))[1]
@@ -342,6 +411,74 @@ def test_a_hessian_vector_product_is_straight_through():
         np.testing.assert_allclose(jax.jit(product)(w), expected, rtol=1e-5, atol=1e-6)
     by_threshold = jax.jit(lambda t: jax.jvp(lambda t: gradient(w, t, weights), (t,), (1.0,))[1])
     np.testing.assert_array_equal(by_threshold(0.7), np.zeros_like(w))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("theta", [0.0, 0.3, 2.0])
+def test_theta_scales_as_the_gradient_transformation_does(theta, dtype):
+    params = {
+        "kernel": sample().astype(dtype).at[0, :3].set(jnp.asarray([jnp.nan, 0, jnp.inf], dtype))
+    }
+    grads = {"kernel": sample(seed=4).astype(dtype)}
+    tx = scale_pruned_gradients(theta)
+    for threshold in (0.0, 0.7, jnp.float32(0.7), jnp.abs(sample((6,), seed=5)), jnp.inf):
+        expected, _ = tx.update(grads, optax.EmptyState(), params, threshold=threshold)
+
+        @jax.jit
+        def cotangent(params, threshold=threshold):
+            _, vjp = jax.vjp(lambda w: sparsify(w, threshold, theta=theta), params)
+            return vjp(grads)[0]
+
+        scaled = cotangent(params)["kernel"]
+        assert scaled.dtype == dtype
+        np.testing.assert_array_equal(scaled, expected["kernel"])
+    assert np.any(np.asarray(scaled) != np.asarray(grads["kernel"]))
+
+
+def test_theta_leaves_the_result_and_scales_the_hessians_rows():
+    w, weights, vector = sample(), sample(seed=4), sample(seed=5)
+    np.testing.assert_array_equal(
+        threshold_operator(w, 0.7, theta=0.25), threshold_operator(w, 0.7)
+    )
+    scale = np.where(np.abs(w) <= 0.7, np.float32(0.25), 1)
+    gradient = jax.grad(partial(loss, theta=0.25))
+    expected = scale * straight_through(w, 0.7, weights)
+    np.testing.assert_allclose(gradient(w, 0.7, weights), expected, rtol=1e-5)
+    remat = jax.grad(jax.checkpoint(partial(loss, theta=0.25)))
+    np.testing.assert_allclose(jax.jit(remat)(w, 0.7, weights), expected, rtol=1e-5)
+    product = jax.jvp(lambda w: gradient(w, 0.7, weights), (w,), (vector,))[1]
+    np.testing.assert_allclose(product, expected * vector, rtol=1e-5)
+    by_threshold = jax.grad(partial(loss, theta=0.25), argnums=1)(w, 0.7, weights)
+    assert by_threshold == 0
+
+
+@pytest.mark.parametrize("theta", [-0.5, np.nan, np.inf])
+def test_a_bad_theta_is_an_error(theta):
+    with pytest.raises(ValueError, match="must be finite and at least 0; it is"):
+        threshold_operator(jnp.ones(3), 0.5, theta=theta)
+
+
+def test_a_traced_theta_is_an_error():
+    with pytest.raises(ValueError, match="scale theta is static: pass a Python number"):
+        jax.jit(lambda theta: threshold_operator(jnp.ones(3), 0.5, theta=theta))(0.5)
+
+
+@pytest.mark.parametrize("p", [3.0, 3.5])
+def test_where_jax_is_strict(p):
+    w = sample().astype(jnp.bfloat16)
+    expected = threshold_operator(w, 0.7, p)
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.checking_leaks(),
+    ):
+        for threshold in (0.7, jnp.float32(0.7)):
+            function = lambda w, t=threshold: threshold_operator(w, t, p, theta=0.5)  # noqa: E731
+            value, vjp = jax.vjp(jax.jit(function), w)
+            np.testing.assert_array_equal(value, expected)
+            gradient = np.where(np.abs(w.astype(jnp.float32)) <= 0.7, 0.5, 1)
+            np.testing.assert_array_equal(vjp(jnp.ones_like(w))[0], gradient)
 
 
 def test_vmap_over_weights_and_over_thresholds():

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from feather_jax import (
     Feather,
+    block_magnitude,
     prunable_weights,
     scale_pruned_gradients,
     sparsify,
@@ -94,6 +95,21 @@ def test_weights_of_16_bits_are_compared_as_the_operator_does(dtype):
         np.testing.assert_array_equal(updates["kernel"], np.where(pruned, 0.5, 1))
 
 
+def test_what_is_scaled_is_what_is_pruned_by_another_magnitude():
+    magnitude = block_magnitude((3, 1))
+    w = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    threshold = float(np.sort(magnitude(w).ravel())[20])
+    sparse = threshold_operator(w, threshold, np.inf, magnitude=magnitude)
+    tx = scale_pruned_gradients(0.25, magnitude=magnitude)
+    ones = np.ones_like(w)
+    updates = updated(tx, {"kernel": w}, {"kernel": ones}, threshold=threshold)
+    np.testing.assert_array_equal(updates["kernel"], np.where(sparse == 0, 0.25, 1))
+    assert (sparse == 0).sum() == 21
+    per_weight = np.where(np.arange(9)[:, None] < 3, np.inf, 0) * ones
+    updates = updated(tx, {"kernel": w}, {"kernel": ones}, threshold={"kernel": per_weight})
+    np.testing.assert_array_equal(updates["kernel"][:, 0], [0.25] * 3 + [1] * 6)
+
+
 def test_nan_weights_and_nan_thresholds_scale_nothing():
     params = {"kernel": np.float32([[np.nan, 0, np.inf]])}
     grads = {"kernel": np.float32([[1, 1, 1]])}
@@ -115,6 +131,18 @@ def test_updates_keep_their_dtype():
     with jax.enable_x64(True):
         updates = updated(scale_pruned_gradients(0.25), threshold=np.float64(0.5))
         assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+
+
+def test_updates_keep_their_dtype_next_to_an_array_of_theta():
+    inject = optax.inject_hyperparams(scale_pruned_gradients)
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        grads = jax.tree.map(lambda g, dtype=dtype: jnp.asarray(g, dtype), GRADS)
+        tx = inject(theta=lambda step: jnp.float32(0.3))
+        with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True), jax.checking_leaks():
+            updates, _ = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS, threshold=0.5)
+        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+        kernel = np.float32([[0.3, 0.6, 3]]).astype(dtype)  # multiplied in float32, rounded once
+        np.testing.assert_array_equal(updates["body"]["kernel"], kernel)
 
 
 def test_one_threshold_a_layer():
