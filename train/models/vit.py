@@ -242,6 +242,7 @@ def resize_positions(
             f"{positions.shape[1]} positions cannot become {tokens}: both must be those of a "
             "square of patches, with a class token or without."
         )
+    positions = positions.astype(at_least_float32(positions.dtype))
     width = positions.shape[2]
     grid = positions[:, extra:].reshape(1, old, old, width)
     grid = jax.image.resize(grid, (1, new, new, width), "bicubic")

@@ -1,35 +1,81 @@
-"""Starting from another run's variables: `config.init_from`."""
+"""Starting from other weights, `config.init_from`: a run's, a model file's or PyTorch's."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 import feather_jax as feather
+from feather_jax.masks import is_floating
 from train.errors import UserError
+from train.models.pretrained import LAYOUTS, translate
+from train.models.vit import ViT, resize_positions
 from train.step import TrainState
-from train.store import checkpoint
+from train.store import checkpoint, tensors
+
+_POSITIONS = "params/positions"
 
 
 def with_variables_of(
-    state: TrainState, source: pathlib.Path, say: Callable[[str], None]
+    state: TrainState,
+    source: pathlib.Path,
+    model: nn.Module,
+    say: Callable[[str], None],
+    *,
+    head: str = "head/.*",
 ) -> TrainState:
-    """`state` with the weights and running statistics of another run; step and optimiser stay.
+    """`state` with the weights and running statistics of `source`; step and optimiser stay.
+
+    The head begins anew where it does not fit, as with another number of classes. A vision
+    transformer's positions are resized to those of its image size.
 
     Args:
       state: the state before the first update.
-      source: a model file, a workdir or a folder of checkpoints.
-      say: takes a line on each newer checkpoint that is damaged.
+      source: a model file, a workdir, a folder of checkpoints, or a state dict with torchvision's
+        or timm's names, in a file of PyTorch or of safetensors.
+      model: the network.
+      say: takes a line on what was taken, on what was left, and on each newer checkpoint that is
+        damaged.
+      head: the expression that the paths of the head's parameters match in full.
 
     Raises:
-      UserError: there is nothing to start from, or a leaf is missing, unknown or of another shape.
+      UserError: there is nothing to start from, or a leaf that is not the head's is missing,
+        unknown or of another shape.
     """
     wanted = {"params": state.params, "batch_stats": state.batch_stats}
-    names, found = checkpoint.named_leaves(wanted), _read(source, say)
+    names, found = checkpoint.named_leaves(wanted), _read(source, model, say)
+    if isinstance(model, ViT):
+        _resize_positions(found, names, source, say)
+    left = {
+        name: found.pop(name, None)
+        for name, leaf in names.items()
+        if re.fullmatch(head, name.removeprefix("params/"))
+        and (name not in found or np.shape(found[name]) != leaf.shape)
+    }
+    _check_same({name: leaf for name, leaf in names.items() if name not in left}, found, source)
+    say(f"Took {len(names) - len(left)} of the network's {len(names)} arrays from {source}.")
+    if left:
+        lines = (
+            f"{name} ({'missing' if leaf is None else list(leaf.shape)} there, "
+            f"{list(names[name].shape)} here)"
+            for name, leaf in left.items()
+        )
+        say(f"The head begins anew, since it does not fit: {', '.join(lines)}.")
+    arrays = [
+        leaf if name in left else jax.numpy.asarray(found[name], leaf.dtype)
+        for name, leaf in names.items()
+    ]
+    variables = jax.tree.unflatten(jax.tree.structure(wanted), arrays)
+    return dataclasses.replace(state, **variables)
+
+
+def _check_same(names: Mapping[str, Any], found: Mapping[str, Any], source: pathlib.Path) -> None:
+    """Raises UserError unless there are the same arrays here and there."""
     for name in names:
         if name not in found:
             raise UserError(
@@ -45,29 +91,54 @@ def with_variables_of(
         if np.shape(leaf) != names[name].shape:
             raise UserError(
                 f"config.init_from: {name} has the shape {np.shape(leaf)} in {source} and "
-                f"{names[name].shape} in the model; choose the same model and number of classes."
+                f"{names[name].shape} in the model; choose the same config.model."
             )
-    leaves = [jax.numpy.asarray(found[name], leaf.dtype) for name, leaf in names.items()]
-    variables = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
-    return dataclasses.replace(state, **variables)
+        if not is_floating(leaf):
+            raise UserError(
+                f"config.init_from: {name} is {leaf.dtype} in {source}, and the model has "
+                "floating-point numbers; give a file that has them too."
+            )
 
 
-def _read(source: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _resize_positions(
+    found: dict[str, Any],
+    names: Mapping[str, Any],
+    source: pathlib.Path,
+    say: Callable[[str], None],
+) -> None:
+    """Makes the positions in `found` those of the model's image size."""
+    name = "params/positions"
+    if name not in found:
+        return
+    there, here = np.shape(found[name]), names[name].shape
+    if len(there) != 3 or there == here:
+        return
+    try:
+        found[name] = np.asarray(resize_positions(found[name], here[1]))
+    except ValueError as error:
+        raise UserError(
+            f"config.init_from: {source} is of another vision transformer ({error}) Choose its "
+            "config.model."
+        ) from error
+    say(f"Resized the positions of {there[1]} tokens in {source} to the network's {here[1]}.")
+
+
+def _read(source: pathlib.Path, model: nn.Module, say: Callable[[str], None]) -> dict[str, Any]:
     """The variables in `source` by name, such as `params/head/kernel`."""
     try:
         is_file, is_workdir = source.is_file(), (source / "checkpoints").is_dir()
     except OSError as error:  # a name may be too long, or not ours to look up
         raise UserError(
             f"config.init_from is {str(source)!r}, which cannot be read ({error.strerror}); give a "
-            "model.npz or the workdir of a run."
+            "model.npz, the workdir of a run, or PyTorch's weights."
         ) from error
     if is_file:
-        return checkpoint.named_leaves(_read_file(source))
+        return _read_file(source, model)
     folder = source / "checkpoints" if is_workdir else source
     if not folder.is_dir():
         raise UserError(
             f"config.init_from is {str(source)!r}, and there is no such file or folder; give a "
-            "model.npz or the workdir of a run."
+            "model.npz, the workdir of a run, or PyTorch's weights."
         )
     found = checkpoint.newest(folder, items=("variables",))
     if found is None:
@@ -80,8 +151,24 @@ def _read(source: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
     return {name.removeprefix("variables/"): leaf for name, leaf in found.leaves.items()}
 
 
-def _read_file(source: pathlib.Path) -> PyTree:
+def _read_file(source: pathlib.Path, model: nn.Module) -> dict[str, Any]:
     try:
-        return feather.load(source)
+        state_dict = tensors.read(source)
+        if state_dict is None:
+            return checkpoint.named_leaves(feather.load(source))
     except (ValueError, OSError) as error:
         raise UserError(f"config.init_from: {error}") from error
+    layouts = LAYOUTS.get(type(model))
+    if layouts is None:
+        known = ", ".join(each.__name__ for each in LAYOUTS)
+        raise UserError(
+            f"config.init_from: {source} is PyTorch's, and its names are known for {known}, not "
+            f"for a {type(model).__name__}; give a model.npz or the workdir of a run."
+        )
+    best = min((translate(each, state_dict) for each in layouts), key=lambda it: len(it.unknown))
+    if best.unknown:
+        raise UserError(
+            f"config.init_from: {source} has {best.unknown[0]!r}, which neither torchvision's nor "
+            f"timm's {type(model).__name__} has; choose the config.model that it is of."
+        )
+    return best.leaves

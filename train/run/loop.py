@@ -68,7 +68,7 @@ def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = prin
         check_unfinished(workdir)
         state = built.initial_state()
         if config.init_from:
-            state = with_variables_of(state, pathlib.Path(config.init_from), say)
+            state = with_variables_of(state, pathlib.Path(config.init_from), built.model, say)
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(workdir, config))
         log = None
