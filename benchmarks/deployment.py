@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 import feather_jax as feather
 from benchmarks.common import append_result, print_table
 from train import export, models
-from train.store.model_file import SavedModel
+from train.store.model_file import Metadata, Preprocessing, SavedModel
 
 SPARSITIES = (0.0, 0.9, 0.95, 0.98, 0.99)
 PROGRAM_REPEATS, PRODUCT_REPEATS = 40, 200
@@ -53,7 +53,9 @@ def medians(calls: Mapping[float, Callable[[], Any]], repeats: int) -> dict[floa
 def programs() -> list[dict[str, Any]]:
     """The same network at every sparsity: sizes in bytes, seconds for one image."""
     network = models.build({"name": "resnet20"}, num_classes=100)
-    metadata = {"preprocessing": {"image_shape": [32, 32, 3], "mean": [0.5] * 3, "std": [0.25] * 3}}
+    metadata = Metadata.model_construct(
+        preprocessing=Preprocessing(image_shape=(32, 32, 3), mean=(0.5,) * 3, std=(0.25,) * 3)
+    )
     image = np.zeros((1, 32, 32, 3), np.uint8)
     zeros = np.zeros(image.shape, np.float32)
     variables = jax.jit(lambda: network.init(jax.random.key(0), zeros, train=False))()

@@ -33,7 +33,7 @@ def make_config(steps: int) -> Config:
     """`steps` updates, evaluated and saved at the end only."""
     return config_lib.parse(
         {
-            "data": {"name": "digits", "mean": (0.305,), "std": (0.376,), "crop_padding": 1},
+            "data": {"name": "digits", "crop_padding": 1},
             "model": {"name": "resnet20"},
             "batch_size": BATCH,
             "epochs": steps / (TRAINING_EXAMPLES // BATCH),

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -16,11 +16,10 @@ from jaxtyping import PyTree
 import feather_jax as feather
 from feather_jax.masks import prunable_leaves
 from train import config as config_lib
-from train import models, parallel
-from train.data.augment import Augmentation, augment_and_normalize
-from train.experiment import state_initializer
-from train.optimizer import learning_rate, make_optimizer
-from train.step import TrainState, make_train_step
+from train import experiment, parallel
+from train.data import DataSet
+from train.data.augment import Augmentation, augment_and_normalize, normalize
+from train.step import TrainState
 
 SPARSITY = 0.9
 
@@ -89,35 +88,33 @@ def make(case: Case, sparsity: float, mesh: Mesh | None = None) -> Program:
             "compute_dtype": case.compute_dtype,
         }
     )
-    steps = config_lib.steps(config, num_train=1_000_000)
-    prune = feather.Feather(sparsity, end_step=steps.prune_end) if sparsity else None
-    tx = make_optimizer(config, steps, prune)
-    dtype = jnp.dtype(case.compute_dtype)
-    model = models.build(config.model, num_classes=case.num_classes, dtype=dtype)
-    channel = (0.5,) * case.image_shape[-1]
-    step = make_train_step(
-        model,
-        tx,
-        prune,
-        learning_rate(config, steps),
-        functools.partial(
-            augment_and_normalize,
-            mean=channel,
-            std=channel,
-            augmentation=Augmentation(crop_padding=case.crop_padding, flip=True),
-        ),
-        seed=0,
-    )
-
-    initial_state = state_initializer(
-        model, tx, case.image_shape, seed=0, pruned=feather.prunable_weights if prune else False
-    )
+    built = experiment.build(config, random_data(case))
     mesh = mesh or parallel.device_mesh()
     return Program(
-        step=parallel.on_all_devices(step, donate_state=True),
-        state=parallel.replicate(initial_state(), mesh),
+        step=parallel.on_all_devices(built.train_step, donate_state=True),
+        state=parallel.replicate(built.initial_state(), mesh),
         batch=parallel.shard(random_batch(case), mesh),
-        prune=prune,
+        prune=built.prune,
+    )
+
+
+def random_data(case: Case) -> DataSet:
+    """A data set of noise, cropped and flipped as any other."""
+    half = (0.5,) * case.image_shape[-1]
+    augmentation = Augmentation(crop_padding=case.crop_padding, flip=True)
+    augment = functools.partial(
+        augment_and_normalize, mean=half, std=half, augmentation=augmentation
+    )
+    return DataSet(
+        name="random",
+        image_shape=case.image_shape,
+        num_classes=case.num_classes,
+        num_train=1_000_000,
+        num_eval=case.batch_size,
+        train_batches=lambda step: (random_batch(case) for _ in itertools.count(step)),
+        eval_batches=lambda: (random_batch(case) for _ in range(0)),
+        train_preprocess=augment,
+        eval_preprocess=functools.partial(normalize, mean=half, std=half),
     )
 
 

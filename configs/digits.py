@@ -13,7 +13,7 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.data = {"name": "digits", "mean": (0.305,), "std": (0.376,), "crop_padding": 1}
+    config.data = {"name": "digits", "crop_padding": 1}
     config.model = {"name": "resnet8", "widths": (16, 32, 64)}
 
     config.batch_size = 64

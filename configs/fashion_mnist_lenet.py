@@ -16,7 +16,7 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.data = {"name": "fashion_mnist", "mean": (0.286,), "std": (0.353,)}
+    config.data = {"name": "fashion_mnist"}
     config.model = {"name": "lenet300"}
 
     config.batch_size = 128

@@ -16,13 +16,7 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.data = {
-        "name": "fashion_mnist",
-        "mean": (0.286,),
-        "std": (0.353,),
-        "crop_padding": 2,
-        "flip": True,
-    }
+    config.data = {"name": "fashion_mnist", "crop_padding": 2, "flip": True}
     config.model = {"name": "resnet8", "widths": (8, 16, 32)}
 
     config.batch_size = 128

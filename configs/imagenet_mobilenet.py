@@ -19,14 +19,7 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.data = {
-        "name": "imagenet2012",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "flip": True,
-        "image_size": 224,
-        "workers": 8,
-    }
+    config.data = {"name": "imagenet2012", "flip": True, "image_size": 224, "workers": 8}
     config.model = {"name": "imagenet_mobilenet"}
     config.compute_dtype = "bfloat16"
 

@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> Command:
                 f"{argument!r} is no argument of this program; write changes of the configuration "
                 "as --config.FIELD=VALUE, and see --help."
             )
-    config = config_lib.parse(changed(load(pathlib.Path(values.config)), rest))
+    config = config_lib.parse(changed(load(values.config), rest))
     return Command(
         config=config,
         workdir=pathlib.Path(values.workdir),
@@ -85,7 +85,9 @@ def parse(argv: Sequence[str]) -> Command:
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
-    flags.DEFINE_string("config", None, "An experiment: a file of configs/.", flag_values=values)
+    flags.DEFINE_string(
+        "config", None, "An experiment: a file of configs/, with its argument.", flag_values=values
+    )
     flags.DEFINE_string(
         "workdir", None, "The run's folder; a run that is there goes on.", flag_values=values
     )
@@ -101,12 +103,18 @@ def _flags() -> flags.FlagValues:
     return values
 
 
-def load(path: pathlib.Path) -> ml_collections.ConfigDict:
+def load(config_flag: str) -> ml_collections.ConfigDict:
     """What `get_config()` of a config file gives.
+
+    Args:
+      config_flag: a file, such as configs/digits.py; what follows its name and a colon, as in
+        configs/cifar.py:resnet20,cifar100, is `get_config`'s argument.
 
     Raises:
       UserError: there is no such file, it raises, or it gives no mapping.
     """
+    name, colon, argument = config_flag.partition(".py:")
+    path, arguments = pathlib.Path(f"{name}.py" if colon else name), [argument] if colon else []
     try:
         is_file = path.is_file()
     except OSError as error:  # a name may be too long, or not ours to look up
@@ -124,13 +132,13 @@ def load(path: pathlib.Path) -> ml_collections.ConfigDict:
                 f"{path} defines no get_config(); add one that returns an "
                 "ml_collections.ConfigDict, as those in configs/ do."
             )
-        config = get_config()
+        config = get_config(*arguments)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # it is the user's code, and may raise anything
+        remedy = f"correct the file or its argument, {argument!r}" if colon else "correct the file"
         raise UserError(
-            f"{path} raised {type(error).__name__}{_where(error, path)}: "
-            f"{_sentence(error, 'correct the file')}"
+            f"{path} raised {type(error).__name__}{_where(error, path)}: {_sentence(error, remedy)}"
         ) from error
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
         raise UserError(
@@ -194,9 +202,9 @@ def _help(values: flags.FlagValues) -> str:
     described = [f"  --{name}: {values[name].help}" for name in values if values[name].help]
     _, _, attributes = (inspect.getdoc(Config) or "").partition("Attributes:\n")
     defaults = [
-        f"{field.name} = {field.default!r}"
-        for field in dataclasses.fields(Config)
-        if field.default is not dataclasses.MISSING
+        f"{name} = {field.default!r}"
+        for name, field in Config.model_fields.items()
+        if not field.is_required()
     ]
     return "\n".join(
         [

@@ -1,21 +1,54 @@
 """What a configuration may say, and the checks that every one passes before anything is built."""
 
 import dataclasses
-import difflib
 import math
 import re
-import types
-import typing
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 import ml_collections
+import pydantic
+from pydantic import Field
 
+from train import fields
 from train.errors import UserError
+from train.fields import AtLeast0, Checked, Count, Fraction, Positive
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+def _is_named(value: Any) -> Any:
+    if not (isinstance(value, dict) and isinstance(value.get("name"), str)):
+        raise ValueError
+    return value
+
+
+Named = Annotated[
+    dict[str, Any],
+    pydantic.BeforeValidator(_is_named),
+    Field(description="a mapping with the key 'name', as in {\"name\": ...}"),
+]
+"""What a name of ours stands for, with its options."""
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+Exponent = Annotated[
+    float,
+    Field(ge=1, allow_inf_nan=True),
+    pydantic.BeforeValidator(lambda value: math.inf if value == "inf" else value),
+    pydantic.PlainSerializer(lambda value: "inf" if math.isinf(value) else value),
+    Field(description="in [1, inf]: 1 is soft thresholding, inf is hard"),
+]
+"""In [1, inf], where JSON, which has no infinity, says "inf"."""
+
+Patterns = Annotated[
+    tuple[str, ...],
+    Field(
+        strict=False,
+        description="a tuple of strings, as in --config.exclude=\"('Dense_0/kernel',)\"",
+    ),
+]
+
+
+class Config(Checked):
     """One experiment: plain data, all of which `config.json` holds.
 
     A file under `configs/` gives the fields that make its recipe, and the others have these
@@ -53,33 +86,36 @@ class Config:
       keep_checkpoints: how many of the newest checkpoints are kept.
     """
 
-    data: Mapping[str, Any]
-    model: Mapping[str, Any]
-    batch_size: int
-    epochs: float
-    learning_rate: float
-    sparsity: float
-    prune_begin: float = 0.0
-    prune_end: float | None = None
-    p: float = 3.0
-    theta: float | None = None
-    exclude: tuple[str, ...] = ()
-    optimizer: str = "sgd"
-    momentum: float = 0.9
+    data: Named
+    model: Named
+    batch_size: Count
+    epochs: Positive
+    learning_rate: Positive
+    sparsity: Annotated[
+        Fraction,
+        Field(description="in [0, 1): it is the fraction of zeros, so that 0.9 prunes 90 %"),
+    ]
+    prune_begin: AtLeast0 = 0.0
+    prune_end: AtLeast0 | None = None
+    p: Exponent = 3.0
+    theta: AtLeast0 | None = None
+    exclude: Patterns = ()
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Fraction = 0.9
     nesterov: bool = False
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 3.0
-    warmup_epochs: float = 0.0
-    label_smoothing: float = 0.0
-    accumulate_steps: int = 1
-    compute_dtype: str = "float32"
-    seed: int = 0
+    b2: Fraction = 0.999
+    weight_decay: AtLeast0 = 0.0
+    clip_norm: AtLeast0 = 3.0
+    warmup_epochs: AtLeast0 = 0.0
+    label_smoothing: Fraction = 0.0
+    accumulate_steps: Count = 1
+    compute_dtype: Dtype = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     init_from: str = ""
-    log_every_steps: int = 10
-    eval_every_epochs: float = 1.0
-    checkpoint_every_steps: int = 1000
-    keep_checkpoints: int = 3
+    log_every_steps: Count = 10
+    eval_every_epochs: Positive = 1.0
+    checkpoint_every_steps: Count = 1000
+    keep_checkpoints: Count = 3
 
     @property
     def prune_end_epoch(self) -> float:
@@ -88,48 +124,35 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as JSON has it: dicts, lists, strings and numbers, and p "inf"."""
-        values = plain(dataclasses.asdict(self))
-        return values | {"p": "inf"} if math.isinf(self.p) else values
+        return plain(self.model_dump())
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        """What one field says about another."""
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"config.exclude holds {pattern!r}, which is no regular expression ({error}); "
+                    "correct it or quote its special characters with a backslash."
+                ) from error
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"config.warmup_epochs is {self.warmup_epochs}, and it must be less than "
+                f"config.epochs = {self.epochs}."
+            )
+        if not self.prune_begin <= self.prune_end_epoch <= self.epochs:
+            raise UserError(
+                f"Pruning begins at epoch {self.prune_begin} and ends at epoch "
+                f"{self.prune_end_epoch}: config.prune_begin must not be after config.prune_end, "
+                f"nor that after config.epochs = {self.epochs}."
+            )
+        return self
 
 
 RESUMABLE = ("log_every_steps", "eval_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
 """The fields that may change between two starts with one workdir."""
-
-_at_least_0 = (lambda value: value >= 0, "must be at least 0")
-_at_least_1 = (lambda value: value >= 1, "must be at least 1")
-_positive = (lambda value: value > 0, "must be above 0")
-_fraction = (lambda value: 0 <= value < 1, "must be in [0, 1)")
-
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "batch_size": _at_least_1,
-    "epochs": _positive,
-    "learning_rate": _positive,
-    "sparsity": (
-        lambda value: 0 <= value < 1,
-        "must be in [0, 1): it is the fraction of zeros, so that 0.9 prunes 90 %",
-    ),
-    "prune_begin": _at_least_0,
-    "prune_end": _at_least_0,
-    "p": (lambda value: value >= 1, "must be in [1, inf]: 1 is soft thresholding, inf is hard"),
-    "theta": _at_least_0,
-    "optimizer": (lambda value: value in ("sgd", "adamw"), "must be 'sgd' or 'adamw'"),
-    "momentum": _fraction,
-    "b2": _fraction,
-    "weight_decay": _at_least_0,
-    "clip_norm": _at_least_0,
-    "warmup_epochs": _at_least_0,
-    "label_smoothing": _fraction,
-    "accumulate_steps": _at_least_1,
-    "compute_dtype": (
-        lambda value: value in ("float32", "bfloat16", "float64"),
-        "must be 'float32', 'bfloat16' or 'float64'",
-    ),
-    "seed": (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)"),
-    "log_every_steps": _at_least_1,
-    "eval_every_epochs": _positive,
-    "checkpoint_every_steps": _at_least_1,
-    "keep_checkpoints": _at_least_1,
-}
 
 
 def parse(values: Mapping[str, Any]) -> Config:
@@ -141,20 +164,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     Raises:
       UserError: a field is unknown, missing, of another type or out of its range.
     """
-    given = checked_plain(values)
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    for name in given:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"the nearest is {close[0]!r}" if close else f"known are {', '.join(fields)}"
-            raise UserError(f"config.{name} is not a field of the configuration; {hint}.")
-    for name, field in fields.items():
-        if name not in given and field.default is dataclasses.MISSING:
-            raise UserError(f"The configuration lacks the field {name!r}; give config.{name}.")
-    hints = typing.get_type_hints(Config)
-    config = Config(**{name: _coerce(name, value, hints[name]) for name, value in given.items()})
-    _check(config)
-    return config
+    return fields.parse(Config, checked_plain(values), "config")
 
 
 def checked_plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,38 +214,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the field's type: an int will do for a float, a list for a tuple."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and types.NoneType in kinds:
-        return None
-    kind = kinds[0]
-    if name == "p" and value == "inf":  # JSON has no infinity
-        return math.inf
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    if kind == tuple[str, ...]:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise UserError(
-            f"config.{name} is {value!r}, and it must be a tuple of strings, "
-            f"as in --config.{name}=\"('Dense_0/kernel',)\"."
-        )
-    if kind == Mapping[str, Any]:
-        if isinstance(value, dict) and isinstance(value.get("name"), str):
-            return value
-        raise UserError(
-            f"config.{name} is {value!r}, and it must be a mapping with the key 'name', "
-            'as in {"name": ...}.'
-        )
-    raise UserError(
-        f"config.{name} is {value!r}, of type {type(value).__name__}, and it must be of type "
-        f"{kind.__name__}; correct it in the config file or with --config.{name}=..."
-    )
-
-
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A configuration with the fields of its mappings by dotted names, as on the command line."""
     fields: dict[str, Any] = {}
@@ -245,42 +223,6 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             fields[f"{prefix}{name}"] = value
     return fields
-
-
-def _check(config: Config) -> None:
-    for name, (holds, what) in _RULES.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if name != "p" and isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"config.{name} is {value!r}, and it must be a finite number.")
-        if not holds(value):
-            raise UserError(f"config.{name} is {value!r}, and it {what}.")
-    for pattern in config.exclude:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f"config.exclude holds {pattern!r}, which is no regular expression ({error}); "
-                "correct it or quote its special characters with a backslash."
-            ) from error
-    if config.batch_size % config.accumulate_steps:
-        raise UserError(
-            f"config.batch_size is {config.batch_size}, which config.accumulate_steps = "
-            f"{config.accumulate_steps} does not divide; choose a multiple."
-        )
-    if config.warmup_epochs >= config.epochs:
-        raise UserError(
-            f"config.warmup_epochs is {config.warmup_epochs}, and it must be less than "
-            f"config.epochs = {config.epochs}."
-        )
-    prune_end = config.prune_end_epoch
-    if not config.prune_begin <= prune_end <= config.epochs:
-        raise UserError(
-            f"Pruning begins at epoch {config.prune_begin} and ends at epoch {prune_end}: "
-            "config.prune_begin must not be after config.prune_end, nor that after "
-            f"config.epochs = {config.epochs}."
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,23 +79,23 @@ def open_data(model: SavedModel, name: str | None = None, data_dir: str | None =
     Raises:
       UserError: there is no such data set, or it does not fit the model.
     """
-    saved, size = model.metadata["data"], model.image_shape[0]
-    own = saved if name in (None, saved.get("name")) else {"name": name}
-    known = data_lib.KNOWN.get(str(own.get("name")))
+    saved, size = model.metadata.data, model.image_shape[0]
+    own: dict[str, Any] = saved if name in (None, saved["name"]) else {"name": name}
+    known = data_lib.KNOWN.get(own["name"])
     if known is not None:
         if own is not saved and known.shape is None:
             own["image_size"] = size
         has = known.shape or (size, size, 3), known.num_classes
-        wants = model.image_shape, model.metadata["num_classes"]
+        wants = model.image_shape, model.metadata.num_classes
         if has != wants:
             raise UserError(
                 f"{model.path} takes images of {wants[0]} in {wants[1]} classes, and {own['name']} "
                 f"has {has[0]} in {has[1]}; choose a data set of the same shape."
             )
     given = {} if data_dir is None else {"data_dir": data_dir}
-    preprocessing = {key: model.metadata["preprocessing"][key] for key in ("mean", "std")}
+    preprocessing = model.metadata.preprocessing.model_dump(include={"mean", "std"})
     devices = jax.device_count()
-    shares = max(model.metadata["batch_size"] // devices, 1)
+    shares = max(model.metadata.batch_size // devices, 1)
     return data_lib.load(
         {**own, **given, **preprocessing},
         batch_size=shares * devices,
@@ -118,9 +118,9 @@ def main(argv: Sequence[str]) -> None:
         f"{found['eval/accuracy']:.2%} of {found['eval/examples']} evaluation examples of "
         f"{data.name} right"
     )
-    own = data.name == model.metadata["data"]["name"]
+    own = data.name == model.metadata.data["name"]
     for name, value in found.items():
-        says = model.metadata["evaluation"].get(name)
+        says = model.metadata.evaluation.get(name)
         same = "as in the file" if value == says else f"{says!r} in the file"
         print(f"{name} {value!r}" + (f", {same}" if own else ""))
 

@@ -16,6 +16,7 @@ from train import config as config_lib
 from train import data as data_lib
 from train import models
 from train.config import Config, Steps
+from train.data import DataSet
 from train.errors import UserError
 from train.optimizer import learning_rate, make_optimizer
 from train.run.churn import all_kept
@@ -41,7 +42,7 @@ class Experiment:
 
     config: Config
     steps: Steps
-    data: data_lib.DataSet
+    data: DataSet
     model: nn.Module
     prunable: PyTree[bool]
     prune: feather.Feather | None
@@ -51,19 +52,25 @@ class Experiment:
     eval_step: Callable[..., Metrics]
 
 
-def build(config: Config) -> Experiment:
-    """Opens the data set and builds the network, the optimiser and the steps.
+def build(config: Config, data: DataSet | None = None) -> Experiment:
+    """Builds the network, the optimiser and the steps for a data set.
+
+    Args:
+      config: the configuration.
+      data: the data set, in batches of `config.batch_size`; by default the one that `config.data`
+        names, opened for this process.
 
     Raises:
       UserError: the parts of the configuration don't fit one another, or the data set is missing.
     """
-    data = data_lib.load(
-        config.data,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    if data is None:
+        data = data_lib.load(
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
     steps = config_lib.steps(config, data.num_train)
     dtype = usable_dtype(config.compute_dtype, "config.compute_dtype")
     model = models.build(config.model, num_classes=data.num_classes, dtype=dtype)

@@ -48,7 +48,7 @@ def describe(model: SavedModel, exported: jax.export.Exported) -> dict[str, Any]
         "platforms": list(exported.platforms),
         "jax": jax.__version__,
         "calling_convention_version": exported.calling_convention_version,
-        "model": model.metadata,
+        "model": model.metadata.model_dump(mode="json"),
     }
 
 

@@ -77,7 +77,7 @@ def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
             layers=layers,
             total=total,
             config=list(config_lib.flat(run.config).items()),
-            made_with=f"{run.workdir.name}, trained with JAX {model.metadata['trained']['jax']}.",
+            made_with=f"{run.workdir.name}, trained with JAX {model.metadata.trained.jax}.",
         )
     with writing(run.workdir):
         write_atomically(run.workdir / "report.html", text)
@@ -90,14 +90,14 @@ def _title(run: Run) -> str:
 
 def _story(run: Run, model: SavedModel) -> str:
     """What was trained, on what and how long, in a few sentences."""
-    config, trained = run.config, model.metadata["trained"]
+    config, trained = run.config, model.metadata.trained
     shape = "x".join(map(str, model.image_shape))
     start = config["init_from"] or "scratch"
     how = f"{config['epochs']:g} epochs, {run.summary['steps']:,} updates of {config['batch_size']}"
     return (
-        f"Trained from {start} for {how} examples, on {trained['examples']:,} images of {shape} in "
-        f"{model.metadata['num_classes']} classes, with {config['optimizer']} in "
-        f"{config['compute_dtype']} on {trained['devices']}, in "
+        f"Trained from {start} for {how} examples, on {trained.examples:,} images of {shape} in "
+        f"{model.metadata.num_classes} classes, with {config['optimizer']} in "
+        f"{config['compute_dtype']} on {trained.devices}, in "
         f"{page.duration(run.summary['wall_seconds'])}."
     )
 

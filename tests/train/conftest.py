@@ -21,7 +21,7 @@ import ml_collections
 
 def get_config():
     config = ml_collections.ConfigDict()
-    config.data = {"name": "digits", "mean": (0.305,), "std": (0.376,), "crop_padding": 1}
+    config.data = {"name": "digits", "crop_padding": 1}
     config.model = {"name": "lenet300", "hidden": (16,)}
     config.batch_size = 64
     config.epochs = 2.0
@@ -117,7 +117,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     values = {
-        "data": {"name": "digits", "mean": [0.305], "std": [0.376], "crop_padding": 1},
+        "data": {"name": "digits", "crop_padding": 1},
         "model": {"name": "resnet8", "widths": [4, 8]},
         "batch_size": 64,
         "epochs": 8.0,

@@ -9,6 +9,8 @@ import pytest
 
 from train.main import main
 
+CIFAR = pathlib.Path(__file__).parents[2] / "configs" / "cifar.py"
+
 HEAD = "import ml_collections\n\ndef get_config():\n"
 
 # What each file of configs holds, by the name that the table below uses.
@@ -82,11 +84,11 @@ CHANGES = [
     (["--config.p=nan"], "p is 'nan'"),
     (["--config.theta=-1"], "theta is -1"),
     (["--config.optimizer=adam"], "optimizer is 'adam', and it must be 'sgd' or 'adamw'"),
-    (["--config.momentum=1"], "momentum is 1.0"),
+    (["--config.momentum=1"], "momentum is 1, and it must be less than 1"),
     (["--config.nesterov=3"], "nesterov is 3, of type int"),
     (["--config.warmup_epochs=2"], "warmup_epochs is 2.0"),
     (["--config.prune_end=3"], "ends at epoch 3.0"),
-    (["--config.label_smoothing=1"], "label_smoothing is 1.0"),
+    (["--config.label_smoothing=1"], "label_smoothing is 1, and it must be less than 1"),
     (["--config.compute_dtype=float16"], "compute_dtype is 'float16'"),
     (["--config.compute_dtype=float64"], "JAX_ENABLE_X64=1"),
     (["--config.seed=-1"], "seed is -1"),
@@ -98,11 +100,11 @@ CHANGES = [
     (["--config.keep_checkpoints=0"], "keep_checkpoints is 0"),
     (["--config.data=digits"], "digits"),
     (["--config.data.name=imagenot"], "'imagenot'; choose one of digits"),
-    (["--config.data.colour=3"], "'colour', which digits has no use for"),
-    (["--config.data.mean=(0.1,0.2)"], r"mean is \[0.1, 0.2\]"),
+    (["--config.data.colour=3"], "data.colour is not a field of digits; its fields are name, mean"),
+    (["--config.data.mean=(0.1,0.2)"], r"mean is \(0.1, 0.2\); digits has 1 channel"),
     (["--config.data.flip=3"], "flip is 3"),
     (["--config.model.name=resnet9000"], "'resnet9000'; known are"),
-    (["--config.model.depth=3"], "no option 'depth'"),
+    (["--config.model.depth=3"], "model.depth is not a field of lenet300; its fields are hidden"),
     (['--config.model={"name": "lenet5"}'], "at least 16x16 pixels.*8, 8, 1"),
     (["--config.init_from=/nonesuch"], "'/nonesuch', and there is no such file or folder"),
     (["--config.init_from=FILES/not_a_model.npz"], "not_a_model.npz is damaged"),
@@ -164,6 +166,15 @@ COMMANDS = [
             ("placeholder.py", "required_placeholder; give a value"),
         ]
     ],
+    (
+        ["--config", "FILES/raises.py:x", "--workdir", "NEW"],
+        r"TypeError: get_config\(\) takes 0 .* was given; correct the file or its argument, 'x'",
+    ),
+    (
+        ["--config", "FILES/cifar.py:resnet20", "--workdir", "NEW"],
+        r"cifar.py raised ValueError in line \d+: .*correct the file or its argument, 'resnet20'",
+    ),
+    (["--config", "FILES/cifar.py:resnet20,cifar", "--workdir", "NEW"], "'cifar'; choose one of"),
     (["--config", "FILES/empty.py", "--workdir", "NEW"], "lacks the field 'data'"),
 ]
 
@@ -181,6 +192,7 @@ def folder(tmp_path, monkeypatch, small) -> pathlib.Path:
         data = text if isinstance(text, bytes) else text.encode()
         (tmp_path / "files" / name).write_bytes(data)
     (tmp_path / "files" / "small.py").write_bytes(small.read_bytes())
+    (tmp_path / "files" / "cifar.py").write_bytes(CIFAR.read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -9,7 +9,7 @@ import pytest
 from train import compare, program
 
 CONFIG = {
-    "data": {"name": "digits", "mean": [0.305], "std": [0.376]},
+    "data": {"name": "digits"},
     "model": {"name": "resnet8"},
     "batch_size": 64,
     "epochs": 1.0,

@@ -1,8 +1,9 @@
 """Every file under configs/ is whole: it parses, and its parts fit one another."""
 
-import importlib.util
+import ast
 import json
 import pathlib
+import re
 
 import cv2
 import jax
@@ -10,25 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train import command_line, models
 from train import config as config_lib
-from train import models
 from train.data import spec
 from train.experiment import prunable_mask
 from train.run import loop
 
-FILES = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
+CIFAR = [
+    f"cifar:{model},{data}"
+    for model in ("resnet20", "mobilenet", "densenet40")
+    for data in ("cifar10", "cifar100")
+]
+EXPERIMENTS = [*(path.stem for path in FILES if path.stem != "cifar"), *CIFAR]
 
 
-def load(path):
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
+def load(experiment):
+    """What the command line's `configs/NAME.py:ARGUMENT` gives, by "NAME:ARGUMENT"."""
+    name, colon, argument = experiment.partition(":")
+    return command_line.load(f"{ROOT}/configs/{name}.py{colon}{argument}")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_config_is_checked_data_whose_parts_fit(path):
-    config = config_lib.parse(load(path).get_config())
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_config_is_checked_data_whose_parts_fit(experiment):
+    config = config_lib.parse(load(experiment))
     parsed = spec.parse(config.data)
     known = spec.KNOWN[config.data["name"]]
     shape = known.shape or (parsed.image_size, parsed.image_size, 3)
@@ -42,8 +49,8 @@ def test_a_config_is_checked_data_whose_parts_fit(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_config_says_how_to_run_it(path):
-    text = load(path).__doc__
-    assert f"--config configs/{path.stem}.py --workdir" in text
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert re.search(rf"--config configs/{path.stem}.py(:\S+)? --workdir", text)
     imports = [
         line for line in path.read_text().splitlines() if line.startswith(("import", "from"))
     ]
@@ -51,20 +58,19 @@ def test_a_config_says_how_to_run_it(path):
 
 
 # The others are slow: their networks have all their layers.
-FAST = ("cifar10_resnet20", "fashion_mnist_lenet")
+FAST = ("cifar:resnet20,cifar10", "fashion_mnist_lenet")
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[] if path.stem in FAST else [pytest.mark.slow])
-        for path in FILES
-    ],
+    "experiment",
+    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in EXPERIMENTS],
 )
-def test_a_config_takes_two_steps(path, tmp_path, write_prepared, jpeg_photographs, monkeypatch):
+def test_a_config_takes_two_steps(
+    experiment, tmp_path, write_prepared, jpeg_photographs, monkeypatch
+):
     """A whole run of two updates of 8 examples, its evaluation and its files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = load(path).get_config()
+    config = load(experiment)
     name = config.data.name
     known = spec.KNOWN[name]
     if name != "digits":
@@ -79,7 +85,7 @@ def test_a_config_takes_two_steps(path, tmp_path, write_prepared, jpeg_photograp
         splits = {known.train_split: examples[:22], known.eval_split: examples[22:]}
         write_prepared(tmp_path / "data", name, splits)
         config.data.data_dir = str(tmp_path / "data")
-    if path.stem == "cifar10_resnet20":
+    if experiment == "cifar:resnet20,cifar10":
         config.model.update({"widths": (4, 8, 8), "blocks_per_stage": 1})
     config.batch_size = 8
     values = config_lib.parse(config)

@@ -62,9 +62,9 @@ def test_another_data_set_of_the_same_shape(model, monkeypatch, capsys):
         opened.append(arguments)
         return moved
 
-    monkeypatch.setitem(spec.KNOWN, "moved", spec.Known((8, 8, 1), 10))
-    monkeypatch.setitem(spec.KNOWN, "coloured", spec.Known((8, 8, 3), 10))
-    monkeypatch.setitem(spec.KNOWN, "few", spec.Known((8, 8, 1), 3))
+    monkeypatch.setitem(spec.KNOWN, "moved", spec.Known((8, 8, 1), 10, (0.5,), (0.5,)))
+    monkeypatch.setitem(spec.KNOWN, "coloured", spec.Known((8, 8, 3), 10, (0.5,), (0.5,)))
+    monkeypatch.setitem(spec.KNOWN, "few", spec.Known((8, 8, 1), 3, (0.5,), (0.5,)))
     monkeypatch.setattr(decoded, "load", load)
     saved = model_file.load(model)
     logits = np.asarray(saved.logits(saved.variables, arrays.eval_images))
@@ -147,7 +147,8 @@ def test_a_wrong_argument_is_one_sentence(capsys):
 def test_every_device_count_evaluates_every_example(model, batch_size):
     """1437 is the whole training split, which 8 devices cannot share equally."""
     saved = model_file.load(model)
-    saved = dataclasses.replace(saved, metadata=saved.metadata | {"batch_size": batch_size})
+    metadata = saved.metadata.model_copy(update={"batch_size": batch_size})
+    saved = dataclasses.replace(saved, metadata=metadata)
     data = evaluate.open_data(saved)
     assert sum(int(batch["mask"].sum()) for batch in data.eval_batches()) == data.num_eval
     assert next(iter(data.eval_batches()))["image"].shape[0] % jax.device_count() == 0

@@ -43,7 +43,7 @@ def test_the_state_is_given_away_if_the_step_says_so():
 def test_one_step_in_float32_agrees_on_one_device_and_on_eight():
     """The whole recipe of configs/digits.py on a narrower network, to float32's rounding."""
     config = config_lib.parse(
-        command_line.load(DIGITS).to_dict()
+        command_line.load(str(DIGITS)).to_dict()
         | {"model": {"name": "resnet8", "widths": (4,)}, "prune_end": 0.0}
     )
     built = experiment.build(config)

@@ -207,7 +207,7 @@ def test_the_threshold_and_the_histogram(finished_run):
         histogram.sparse[(histogram.edges[1:] > 0.75) | (histogram.edges[:-1] < -0.75)].sum() == 0
     )
     assert inspection.histogram_of(weights, weights, prunable) is None
-    assert model.metadata["trained"]["examples"] == 1437
+    assert model.metadata.trained.examples == 1437
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_the_gradient_is_the_one_through_the_operator():
 
 
 DIGITS = {
-    "data": {"name": "digits", "mean": [0.305], "std": [0.376], "crop_padding": 1},
+    "data": {"name": "digits", "crop_padding": 1},
     "model": {"name": "lenet300", "hidden": [16]},
     "batch_size": 64,
     "epochs": 1.0,

@@ -22,7 +22,7 @@ from train.data.dataset import Batch, DataSet
 from train.data.order import Order
 from train.data.photographs import Box
 from train.data.prepared import Prepared, Records, one_line
-from train.data.spec import KNOWN, Spec
+from train.data.spec import KNOWN, Photographs
 from train.errors import UserError
 
 _MAX_THREADS = 16
@@ -31,7 +31,9 @@ _MAX_THREADS = 16
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def data_set(spec: Spec, prepared: Prepared, train_order: Order, eval_order: Order) -> DataSet:
+def data_set(
+    spec: Photographs, prepared: Prepared, train_order: Order, eval_order: Order
+) -> DataSet:
     """Batches of ImageNet's photographs, cropped to squares, in the given orders.
 
     Training takes a random resized crop and flips it, evaluation the central crop. Both happen
@@ -144,7 +146,7 @@ def _held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _train_batch(records: Records, order: Order, spec: Spec, step: int) -> Batch:
+def _train_batch(records: Records, order: Order, spec: Photographs, step: int) -> Batch:
     positions, examples = order.positions(), order.train_examples(step)
     u = photographs.uniforms(order.seed, step, int(positions[0]), len(positions))
     boxes = [functools.partial(photographs.random_box, u=row) for row in u]
@@ -155,7 +157,7 @@ def _train_batch(records: Records, order: Order, spec: Spec, step: int) -> Batch
     return {"image": images, "label": labels, "index": positions}
 
 
-def _eval_batch(records: Records, order: Order, spec: Spec, batch: int) -> Batch:
+def _eval_batch(records: Records, order: Order, spec: Photographs, batch: int) -> Batch:
     examples, mask = order.eval_examples(batch)
     boxes = [photographs.center_box] * len(examples)
     images, labels = _decode(records, examples, boxes, spec.image_size, fast=False)

@@ -12,7 +12,7 @@ from train.data import augment
 from train.data.augment import Augmentation
 from train.data.dataset import Batch, DataSet
 from train.data.order import Order
-from train.data.spec import KNOWN, Spec
+from train.data.spec import KNOWN, InMemory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Arrays:
     classes: tuple[str, ...] = ()
 
 
-def data_set(spec: Spec, arrays: Arrays, train_order: Order, eval_order: Order) -> DataSet:
+def data_set(spec: InMemory, arrays: Arrays, train_order: Order, eval_order: Order) -> DataSet:
     """Batches of `arrays` in the given orders."""
     return DataSet(
         name=spec.name,

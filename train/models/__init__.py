@@ -14,8 +14,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import pydantic
 
+from train import fields
 from train.errors import UserError
+from train.fields import Checked
 from train.models.densenet import DenseNet
 from train.models.lenet import LeNet5, LeNet300
 from train.models.mobilenet import MobileNet
@@ -53,45 +56,23 @@ def build(spec: Mapping[str, Any], *, num_classes: int, dtype: Any = jnp.float32
       A Linen module, not yet initialised.
 
     Raises:
-      UserError: the name or an option is unknown, or an option's value is of the wrong type.
+      UserError: the name or an option is unknown, or an option's value is of another type or out
+        of the range that the network's attribute is annotated with.
     """
     options = dict(spec)
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in MODELS:
         raise UserError(f"config.model.name is {name!r}; known are {', '.join(MODELS)}.")
-    known = _options(MODELS[name])
-    for option, value in options.items():
-        if option not in known:
-            these = ", ".join(known) or "none"
-            raise UserError(f"{name} has no option {option!r}; its options are: {these}.")
-        options[option] = _checked(f"config.model.{option}", value, known[option])
-    return MODELS[name](num_classes=num_classes, dtype=dtype, **options)
+    checked = fields.parse(_options(MODELS[name]), options, "config.model", name)
+    given = {option: getattr(checked, option) for option in checked.model_fields_set}
+    return MODELS[name](num_classes=num_classes, dtype=dtype, **given)
 
 
-def _options(model: Callable[..., nn.Module]) -> dict[str, Any]:
-    """The types of the keyword arguments that a configuration may give."""
+def _options(model: Callable[..., nn.Module]) -> type[Checked]:
+    """What a configuration may give of a network's keyword arguments, as they are annotated."""
     ours = ("num_classes", "dtype", "parent", "name")
     parameters = inspect.signature(model).parameters
-    return {name: each.annotation for name, each in parameters.items() if name not in ours}
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the type that an option is annotated with."""
-
-    def is_whole(number: Any) -> bool:
-        return isinstance(number, int) and not isinstance(number, bool) and number >= 1
-
-    if kind is bool:
-        wanted, right = "True or False", isinstance(value, bool)
-    elif kind is int:
-        wanted, right = "a whole number above 0", is_whole(value)
-    elif kind is float:
-        wanted = "a number from 0 to 1"
-        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    else:
-        wanted = "a sequence of whole numbers above 0"
-        right = isinstance(value, list | tuple) and bool(value) and all(map(is_whole, value))
-        value = tuple(value) if right else value
-    if not right:
-        raise UserError(f"{name} is {value!r}; give {wanted}.")
-    return value
+    declared: dict[str, Any] = {
+        name: (each.annotation, None) for name, each in parameters.items() if name not in ours
+    }
+    return pydantic.create_model("Options", __base__=Checked, **declared)

@@ -5,13 +5,15 @@ References:
   https://arxiv.org/abs/1608.06993
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from train.errors import UserError
+from train.fields import Count
 from train.models.layers import check_images, classify, conv, pool_globally, uniform_fan_in
 from train.models.norm import BatchNorm
 
@@ -31,9 +33,9 @@ class DenseNet(nn.Module):
     """
 
     num_classes: int
-    layers_per_block: int = 6
-    growth: int = 24
-    reduction: float = 0.5
+    layers_per_block: Count = 6
+    growth: Count = 24
+    reduction: Annotated[float, Field(gt=0, le=1)] = 0.5
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from train.fields import Counts
 from train.models.layers import check_images, classify
 from train.models.norm import at_least_float32
 
@@ -32,7 +33,7 @@ class LeNet300(nn.Module):
     """
 
     num_classes: int
-    hidden: tuple[int, ...] = (300, 100)
+    hidden: Counts = (300, 100)
     dtype: Any = jnp.float32
 
     @nn.compact

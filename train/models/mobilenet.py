@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from train.fields import Count
 from train.models.layers import (
     check_images,
     classify,
@@ -88,7 +89,7 @@ class MobileNet(nn.Module):
     """
 
     num_classes: int
-    stem_strides: int = 2
+    stem_strides: Count = 2
     pointwise_bias: bool = False
     dtype: Any = jnp.float32
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from train.fields import Fraction
 from train.models.layers import check_images, classify, conv, dropout, pool_globally
 from train.models.norm import BatchNorm
 
@@ -73,7 +74,7 @@ class MobileNetV2(nn.Module):
     """
 
     num_classes: int
-    dropout: float = 0.2
+    dropout: Fraction = 0.2
     dtype: Any = jnp.float32
 
     @nn.compact

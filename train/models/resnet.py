@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jaxtyping import Array, Float
 
+from train.fields import Count, Counts
 from train.models.layers import (
     check_images,
     classify,
@@ -108,8 +109,8 @@ class CifarResNet(nn.Module):
     """
 
     num_classes: int
-    widths: tuple[int, ...] = (32, 64, 128)
-    blocks_per_stage: int = 3
+    widths: Counts = (32, 64, 128)
+    blocks_per_stage: Count = 3
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -149,8 +150,8 @@ class ResNet(nn.Module):
     """
 
     num_classes: int
-    blocks_per_stage: tuple[int, ...] = (3, 4, 6, 3)
-    width: int = 64
+    blocks_per_stage: Counts = (3, 4, 6, 3)
+    width: Count = 64
     bottleneck: bool = True
     dtype: Any = jnp.float32
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from train.errors import UserError
+from train.fields import Count, Fraction
 from train.models.layers import (
     check_images,
     classify,
@@ -144,13 +145,13 @@ class ViT(nn.Module):
     """
 
     num_classes: int
-    patch: int = 16
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
+    patch: Count = 16
+    width: Count = 384
+    depth: Count = 12
+    heads: Count = 6
     class_token: bool = True
-    dropout: float = 0.0
-    stochastic_depth: float = 0.0
+    dropout: Fraction = 0.0
+    stochastic_depth: Fraction = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact

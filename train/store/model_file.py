@@ -3,23 +3,80 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Self
 
 import flax.linen as nn
 import jax
 import numpy as np
+import pydantic
 from jaxtyping import Array, Float, PyTree, UInt8
+from pydantic import Field
 
 from feather_jax import compact
 from feather_jax.masks import is_floating, path_name
 from feather_jax.summary import Summary
 from train import models
-from train.config import plain
+from train.config import Dtype, Named
 from train.data import augment, spec
+from train.data.spec import Mean, Std
 from train.errors import UserError, writing
 from train.experiment import Experiment, initial_variables, usable_dtype
+from train.fields import Checked, Count
 
 VERSION = 1
+
+
+class Preprocessing(Checked, extra="allow"):
+    """From decoded images to what the network takes: (image / 255 - mean) / std, by channel."""
+
+    image_shape: Annotated[tuple[Count, Count, Count], Field(strict=False)]
+    mean: Mean
+    std: Std
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.image_shape[-1]:
+            raise ValueError("one number a channel")
+        return self
+
+
+class Trained(Checked, extra="allow"):
+    """How it was trained: the number of examples, the devices and JAX's version."""
+
+    examples: Count
+    devices: str
+    jax: str
+
+
+class Metadata(Checked, extra="allow"):
+    """What a model file says of its network, which later versions may add to.
+
+    Attributes:
+      model: as in `config.model`.
+      num_classes: the number of logits.
+      compute_dtype: as in `config.compute_dtype`.
+      preprocessing: of decoded images.
+      data: as in `config.data`, without the mean and the deviation.
+      classes: their names in the order of the logits; [] where they have none.
+      batch_size: as in `config.batch_size`.
+      step: the updates that it was trained for.
+      sparsity: of its prunable weights.
+      evaluation: what the run's evaluation gave.
+      trained: how.
+    """
+
+    version: int = VERSION
+    model: Named
+    num_classes: Count
+    compute_dtype: Dtype
+    preprocessing: Preprocessing
+    data: Named
+    classes: list[str]
+    batch_size: Count
+    step: Count
+    sparsity: float
+    evaluation: dict[str, Any]
+    trained: Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,24 +87,23 @@ class SavedModel:
       path: the file.
       network: the network, built by its name in `train.models.MODELS`.
       variables: `params` and `batch_stats`, NumPy arrays.
-      metadata: what `save` wrote, plain data.
+      metadata: what `save` wrote.
     """
 
     path: pathlib.Path
     network: nn.Module
     variables: PyTree
-    metadata: dict[str, Any]
+    metadata: Metadata
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of an image."""
-        height, width, channels = self.metadata["preprocessing"]["image_shape"]
-        return height, width, channels
+        return self.metadata.preprocessing.image_shape
 
     def preprocess(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """What comes before the network: (image / 255 - mean) / std, by channel."""
-        values = self.metadata["preprocessing"]
-        return augment.normalize(images, values["mean"], values["std"])
+        """What comes before the network."""
+        values = self.metadata.preprocessing
+        return augment.normalize(images, values.mean, values.std)
 
     def logits(self, variables: PyTree, images: UInt8[Array, "b h w c"]) -> Float[Array, "b k"]:
         """The network on images as they are decoded, with `variables` placed by the caller."""
@@ -78,45 +134,25 @@ def save(
     config, data = built.config, built.data
     parsed, devices = spec.parse(config.data), jax.devices()
     several = f"{len(devices)} x " if len(devices) > 1 else ""
-    metadata = {
-        "version": VERSION,
-        "model": plain(config.model),
-        "num_classes": data.num_classes,
-        "compute_dtype": config.compute_dtype,
-        "preprocessing": {
-            "image_shape": list(data.image_shape),
-            "mean": list(parsed.mean),
-            "std": list(parsed.std),
-        },
-        "data": {k: v for k, v in plain(config.data).items() if k not in ("mean", "std")},
-        "classes": list(data.classes),
-        "batch_size": config.batch_size,
-        "step": built.steps.total,
-        "sparsity": counts.sparsity,
-        "evaluation": dict(evaluation),
-        "trained": {
-            "examples": data.num_train,
-            "devices": several + devices[0].device_kind,
-            "jax": jax.__version__,
-        },
-    }
+    metadata = Metadata(
+        model=config.model,
+        num_classes=data.num_classes,
+        compute_dtype=config.compute_dtype,
+        preprocessing=Preprocessing(image_shape=data.image_shape, mean=parsed.mean, std=parsed.std),
+        data={k: v for k, v in config.data.items() if k not in ("mean", "std")},
+        classes=list(data.classes),
+        batch_size=config.batch_size,
+        step=built.steps.total,
+        sparsity=counts.sparsity,
+        evaluation=dict(evaluation),
+        trained=Trained(
+            examples=data.num_train,
+            devices=several + devices[0].device_kind,
+            jax=jax.__version__,
+        ),
+    )
     with writing(path):
-        compact.save(path, jax.device_get(variables), metadata)
-
-
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "model": dict,
-    "num_classes": int,
-    "compute_dtype": str,
-    "preprocessing": dict,
-    "data": dict,
-    "classes": list,
-    "batch_size": int,
-    "step": int,
-    "sparsity": (int, float),
-    "evaluation": dict,
-    "trained": dict,
-}
+        compact.save(path, jax.device_get(variables), metadata.model_dump(mode="json"))
 
 
 def load(path: pathlib.Path) -> SavedModel:
@@ -129,59 +165,36 @@ def load(path: pathlib.Path) -> SavedModel:
         of the network that it names, or it computes in float64 and JAX does not.
     """
     try:
-        metadata = compact.load_metadata(path)
+        metadata = _parse(path, compact.load_metadata(path))
         variables = compact.load(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
         raise UserError(str(error)) from error
-    _check_metadata(path, metadata)
-    dtype = usable_dtype(metadata["compute_dtype"], f"{path}'s compute_dtype")
+    dtype = usable_dtype(metadata.compute_dtype, f"{path}'s compute_dtype")
     try:
-        network = models.build(metadata["model"], num_classes=metadata["num_classes"], dtype=dtype)
+        network = models.build(metadata.model, num_classes=metadata.num_classes, dtype=dtype)
     except UserError as error:
         raise UserError(f"{path} holds a network that is not known here: {error}") from error
     model = SavedModel(path, network, variables, metadata)
     return dataclasses.replace(model, variables=_fitting(model))
 
 
-def _check_metadata(path: pathlib.Path, metadata: dict[str, Any]) -> None:
+def _parse(path: pathlib.Path, metadata: dict[str, Any]) -> Metadata:
     """Raises UserError unless all is there and of its kind."""
     if metadata.get("version") != VERSION:
         raise UserError(
             f"{path} says it is version {metadata.get('version')!r} of a run's model file, and "
             f"{VERSION} is known; give a model.npz that train.main wrote."
         )
-    wrong = [
-        name
-        for name, kind in _KINDS.items()
-        if not isinstance(metadata.get(name), kind) or isinstance(metadata.get(name), bool)
-    ]
-    if not wrong:
-        values = metadata["preprocessing"]
-        shape = values.get("image_shape")
-        if not _is_image_shape(shape) or not all(
-            spec.are_channel_values(key, values.get(key), shape[2]) for key in ("mean", "std")
-        ):
-            wrong.append("preprocessing")
-        if metadata["num_classes"] < 1:
-            wrong.append("num_classes")
-        if metadata["compute_dtype"] not in ("float32", "bfloat16", "float64"):
-            wrong.append("compute_dtype")
-    if wrong:
+    try:
+        return Metadata.model_validate(metadata)
+    except pydantic.ValidationError as error:
+        wrong = ", ".join(dict.fromkeys(str(each["loc"][0]) for each in error.errors()))
         raise UserError(
-            f"{path} lacks {', '.join(wrong)} or has something else there; give a model.npz that "
+            f"{path} lacks {wrong} or has something else there; give a model.npz that "
             "train.main wrote."
-        )
-
-
-def _is_image_shape(value: Any) -> bool:
-    """Whether it is [height, width, channels], as JSON has it."""
-    return (
-        isinstance(value, list)
-        and len(value) == 3
-        and all(type(size) is int and size > 0 for size in value)
-    )
+        ) from error
 
 
 def _fitting(model: SavedModel) -> PyTree:
@@ -203,7 +216,7 @@ def _fitting(model: SavedModel) -> PyTree:
         wants = shapes.get(name, "unknown")
         if has != wants:
             raise UserError(
-                f"{model.path} does not hold a {model.metadata['model']['name']} as it says: "
+                f"{model.path} does not hold a {model.metadata.model['name']} as it says: "
                 f"{name} is {has} there and {wants} in the network; save the model again."
             )
         if not is_floating(found[name]):

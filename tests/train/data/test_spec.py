@@ -2,8 +2,7 @@
 
 import pytest
 
-from train import data
-from train.data import spec
+from train.data import digits, spec
 from train.errors import UserError
 
 DIGITS = {"name": "digits", "mean": (0.3,), "std": (0.4,)}
@@ -16,21 +15,30 @@ IMAGENET = {"name": "imagenet2012", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0
         ({"mean": (0.3,), "std": (0.4,)}, "data.name is None; choose one of digits, "),
         (DIGITS | {"name": "cifar"}, "'cifar'.*cifar10, cifar100"),
         (DIGITS | {"name": ["digits"]}, r"data.name is \['digits'\]"),
-        (DIGITS | {"crop": 4}, "'crop', which digits has no use for.*crop_padding"),
-        (DIGITS | {"workers": 4}, "'workers', which digits has no use for"),
-        (IMAGENET | {"crop_padding": 4}, "'crop_padding', which imagenet2012 has no use for"),
-        ({"name": "digits", "std": (0.4,)}, "data.mean is None; give 1 number"),
-        (DIGITS | {"mean": (0.3, 0.3, 0.3)}, "data.mean .*; give 1 number"),
-        (DIGITS | {"mean": 0.3}, "data.mean is 0.3; give 1 number"),
+        (DIGITS | {"crop": 4}, "data.crop is not a field of digits; .*crop_padding"),
+        (DIGITS | {"workers": 4}, "data.workers is not a field of digits; .*crop_padding"),
+        (
+            IMAGENET | {"crop_padding": 4},
+            "crop_padding is not a field of imagenet2012",
+        ),
+        (
+            DIGITS | {"mean": (0.3, 0.3, 0.3)},
+            r"mean is \(0.3, 0.3, 0.3\); digits has 1 channel",
+        ),
+        (DIGITS | {"mean": 0.3}, "data.mean is 0.3, .*must be a tuple of numbers, one a channel"),
         (DIGITS | {"mean": ("0.3",)}, "data.mean"),
         (DIGITS | {"mean": (float("nan"),)}, "data.mean"),
         (DIGITS | {"std": (0.0,)}, "data.std .* positive"),
-        (IMAGENET | {"std": (0.5,)}, "give 3 positive number"),
-        (DIGITS | {"crop_padding": True}, "data.crop_padding is True; it must be an integer"),
+        (IMAGENET | {"std": (0.5,)}, "imagenet2012 has 3 channel"),
+        (
+            DIGITS | {"crop_padding": True},
+            "is True, of type bool, and it must be a valid integer",
+        ),
         (DIGITS | {"crop_padding": 1.0}, "data.crop_padding is 1.0"),
-        (DIGITS | {"crop_padding": -1}, "data.crop_padding is -1; choose it between 0 and 8"),
-        (DIGITS | {"flip": 1}, "data.flip is 1; it must be True or False"),
-        (DIGITS | {"data_dir": None}, "data.data_dir is None; it must be a path"),
+        (DIGITS | {"crop_padding": -1}, "data.crop_padding is -1"),
+        (DIGITS | {"crop_padding": 9}, "data.crop_padding is 9; images of digits are only 8x8"),
+        (DIGITS | {"flip": 1}, "data.flip is 1, .*must be a valid boolean"),
+        (DIGITS | {"data_dir": None}, "data.data_dir is None, .*must be a valid string"),
         (IMAGENET | {"image_size": 0}, "data.image_size is 0"),
         (IMAGENET | {"workers": -1}, "data.workers is -1"),
     ],
@@ -44,17 +52,18 @@ def test_a_wrong_specification_is_one_sentence(given, says):
 
 def test_sequences_become_tuples_and_the_rest_has_defaults():
     parsed = spec.parse({"name": "digits", "mean": [0], "std": [1]})
-    assert parsed == spec.Spec("digits", (0.0,), (1.0,))
+    assert parsed == spec.InMemory(name="digits", mean=(0.0,), std=(1.0,))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"batch_size": 0, "seed": 0}, "batch_size is 0"),
-        ({"batch_size": 33, "seed": 0, "process_count": 2}, "batch_size is 33.*processes, 2"),
-        ({"batch_size": 32, "seed": -1}, "seed is -1"),
-    ],
-)
-def test_a_batch_that_does_not_fit_is_one_sentence(arguments, says):
-    with pytest.raises(UserError, match=says):
-        data.load(DIGITS, **arguments)
+@pytest.mark.parametrize("name", spec.KNOWN)
+def test_a_data_set_knows_its_own_mean_and_deviation(name):
+    known, parsed = spec.KNOWN[name], spec.parse({"name": name})
+    assert (parsed.mean, parsed.std) == (known.mean, known.std)
+    channels = known.shape[-1] if known.shape else 3
+    assert len(parsed.mean) == len(parsed.std) == channels
+
+
+def test_the_mean_of_the_digits_is_theirs():
+    pixels = digits.load().train_images / 255
+    known = spec.KNOWN["digits"]
+    assert (pixels.mean(), pixels.std()) == pytest.approx((*known.mean, *known.std), abs=1e-3)

@@ -279,18 +279,22 @@ def test_unknown_name_is_answered_with_the_known_ones(name):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ({"name": "resnet20", "width": 3}, r"'width'; its options are: widths, blocks_per_stage"),
-        ({"name": "lenet5", "hidden": 3}, r"lenet5 has no option 'hidden'; .* none"),
-        ({"name": "resnet20", "num_classes": 3}, "no option 'num_classes'"),
-        ({"name": "resnet20", "dtype": "bfloat16"}, "no option 'dtype'"),
-        ({"name": "resnet20", "widths": 32}, r"model\.widths is 32; give a sequence of whole"),
+        ({"name": "resnet20", "width": 3}, "not a field of resnet20; the nearest is 'widths'"),
+        ({"name": "lenet5", "hidden": 3}, r"hidden is not a field of lenet5; .* none"),
+        ({"name": "resnet20", "num_classes": 3}, "resnet20; .* widths, blocks_per_stage"),
+        ({"name": "resnet20", "dtype": "bfloat16"}, "dtype is not a field of resnet20"),
+        ({"name": "resnet20", "widths": 32}, r"model\.widths is 32, .*must be a sequence of whole"),
         ({"name": "resnet20", "widths": ()}, r"model\.widths is \(\)"),
-        ({"name": "resnet20", "widths": (32, 0)}, r"model\.widths is \(32, 0\)"),
+        ({"name": "resnet20", "widths": (32, 0)}, r"model\.widths is \(32, 0\), and"),
         ({"name": "resnet20", "widths": (32, 6.5)}, r"model\.widths is \(32, 6\.5\)"),
-        ({"name": "resnet20", "blocks_per_stage": True}, "is True; give a whole number above 0"),
-        ({"name": "resnet20", "blocks_per_stage": "3"}, "is '3'; give a whole number above 0"),
-        ({"name": "densenet40", "reduction": 1.5}, r"is 1\.5; give a number from 0 to 1"),
-        ({"name": "mobilenet", "pointwise_bias": 1}, "is 1; give True or False"),
+        ({"name": "resnet20", "blocks_per_stage": True}, "is True, .*a whole number above 0"),
+        ({"name": "resnet20", "blocks_per_stage": "3"}, "is '3', .*must be a whole number above 0"),
+        ({"name": "densenet40", "reduction": 0}, "is 0, and it must be greater than 0"),
+        (
+            {"name": "densenet40", "reduction": 1.5},
+            r"is 1\.5, and it must be less than or",
+        ),
+        ({"name": "mobilenet", "pointwise_bias": 1}, "is 1, .*must be a valid boolean"),
     ],
 )
 def test_wrong_options_are_one_sentence(spec, says):

@@ -20,7 +20,7 @@ from train.run import loop, progress
 from train.store import checkpoint
 
 TINY = {
-    "data": {"name": "digits", "mean": [0.305], "std": [0.376], "crop_padding": 1},
+    "data": {"name": "digits", "crop_padding": 1},
     "model": {"name": "resnet8", "widths": [4, 8]},
     "batch_size": 64,
     "epochs": 2.0,

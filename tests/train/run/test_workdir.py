@@ -8,7 +8,7 @@ from train.errors import StorageError, UserError
 from train.run.workdir import check_same_run, open_workdir
 
 CONFIG = {
-    "data": {"name": "digits", "mean": [0.3], "std": [0.4]},
+    "data": {"name": "digits"},
     "model": {"name": "resnet8", "widths": [4, 8]},
     "batch_size": 64,
     "epochs": 2.0,
