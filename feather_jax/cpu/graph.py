@@ -20,25 +20,31 @@ FLOAT32 = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
+class Literal:
+    """A number in an expression; a class of its own, as np.float32(1) equals the operand 1."""
+
+    value: np.generic
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """One step of an element-wise expression.
 
     Attributes:
       function: one of the functions that `feather_jax.cpu.interpret.FUNCTIONS` defines.
-      operands: what it is applied to. A Python int n below the number of the expression's
-        arguments is the n-th argument, and above it the result of an earlier step; a NumPy scalar
-        is itself.
+      operands: what it is applied to. An int below the number of the expression's arguments is
+        an argument, and from there on the result of an earlier step.
       dtype: of the result.
     """
 
     function: str
-    operands: tuple[int | np.generic, ...]
+    operands: tuple[int | Literal, ...]
     dtype: np.dtype = FLOAT32
 
 
 Steps = tuple[Step, ...]
 
-RELU: Steps = (Step("maximum", (0, np.float32(0))),)
+RELU: Steps = (Step("maximum", (0, Literal(np.float32(0)))),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +208,7 @@ class Broadcast:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """size[i] elements of axis i, from start[i] on in strides of stride[i], which may be negative.
-
-    So a stride of -1 reverses an axis.
-    """
+    """size[i] elements of axis i, from start[i] on in strides of stride[i]; of -1 to reverse it."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
@@ -217,10 +220,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Pad:
-    """`value` around each axis, (before, after), and `interior` times between its elements.
-
-    Negative numbers before and after remove elements.
-    """
+    """`value` before, after (both may be negative) and `interior` times between the elements."""
 
     value: np.generic
     padding: Padding

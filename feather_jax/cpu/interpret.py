@@ -83,7 +83,9 @@ def run_steps(steps: Steps, *arguments: Array) -> Array:
     values: list[Any] = list(arguments)
     with np.errstate(all="ignore"):
         for step in steps:
-            operands = [values[each] if isinstance(each, int) else each for each in step.operands]
+            operands = [
+                values[each] if isinstance(each, int) else each.value for each in step.operands
+            ]
             if step.function == "convert":
                 values.append(_convert(np.asarray(operands[0]), step.dtype))
             else:
@@ -96,8 +98,9 @@ def _convert(x: Array, dtype: np.dtype) -> Array:
     """To `dtype` as XLA does: into an integer towards zero and within its range, NaN to 0."""
     if np.issubdtype(x.dtype, np.floating) and np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
-        clipped = np.clip(np.nan_to_num(x.astype(np.float64), nan=0.0), limits.min, limits.max)
-        return np.trunc(clipped).astype(dtype)
+        inside = np.where((x > limits.min) & (x < limits.max), x, 0).astype(dtype)
+        bounds = np.where(x >= limits.max, limits.max, limits.min).astype(dtype)
+        return np.where((x >= limits.max) | (x <= limits.min), bounds, inside)
     return x.astype(dtype)
 
 

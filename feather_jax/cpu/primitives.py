@@ -10,6 +10,7 @@ from feather_jax.cpu.equation import Equation, Rule, Unsupported, known
 from feather_jax.cpu.graph import (
     Concatenate,
     Elementwise,
+    Literal,
     Node,
     Pad,
     Reduce,
@@ -76,9 +77,9 @@ def _integer_pow(eqn: Equation, x: Node) -> Node:
 
 def power_steps(exponent: int, dtype: np.dtype) -> tuple[Step, ...]:
     """x to an integer power by repeated squaring."""
-    one = dtype.type(1)
+    one = Literal(dtype.type(1))
     if exponent == 0:
-        return (Step("select", (np.True_, one, 0), dtype),)
+        return (Step("select", (Literal(np.True_), one, 0), dtype),)
     steps: list[Step] = []
 
     def multiply(left: int, right: int) -> int:
