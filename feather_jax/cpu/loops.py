@@ -53,33 +53,27 @@ from feather_jax.cpu.views import (
 BLOCK = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A function void f(output, inputs ..., begin, end), and how many work items it has.
-
-    A call does the items [begin, end). Items are independent of one another, and whoever does
-    them, the bits are the same. Arrays are row-major; a bool is a byte.
-    """
-
-    function: ir.Function
-    items: int
+def items(node: Node) -> int:
+    """How many work items the kernel of a node has: independent of one another, in any order."""
+    return sum(part.items for part in _parts(node))
 
 
-def emit(code: Code, node: Node) -> Kernel:
-    """The kernel of a node.
+def emit(code: Code, node: Node) -> ir.Function:
+    """The kernel of a node: void f(output, inputs ..., begin, end), doing items [begin, end).
+
+    Arrays are row-major, at no more than their elements' alignment; a bool is a byte. However the
+    items are split, the bits are the same.
 
     Args:
       code: the module it is written to, unless the same kernel is there already.
       node: any but an input, a constant, and a convolution. An element-wise one may write where an
         input of its own shape and dtype was.
     """
-    parts = _parts(node)
-    items = sum(part.items for part in parts)
 
     def write() -> ir.Function:
         b, (*pointers, begin, end) = code.start(f"{_word(node)}_", 1 + len(node.inputs))
         base = 0
-        for part in parts:
+        for part in _parts(node):
             first = largest(b, b.sub(begin, i64(base)), i64(0))
             last = smallest(b, b.sub(end, i64(base)), i64(part.items))
             b.loop(first, last, lambda item, part=part: part.emit(b, item, pointers))
@@ -87,11 +81,10 @@ def emit(code: Code, node: Node) -> Kernel:
         b.ret_void()
         return b.function
 
-    operation = node.operation
-    if isinstance(operation, Take):
-        return Kernel(write(), items)
+    if isinstance(node.operation, Take):  # its indices are in the code
+        return write()
     arguments = tuple((each.shape, each.dtype) for each in node.inputs)
-    return Kernel(code.function(("loops", operation, arguments), write), items)
+    return code.function(("loops", node.operation, arguments), write)
 
 
 def _word(node: Node) -> str:

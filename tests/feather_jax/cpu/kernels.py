@@ -5,7 +5,7 @@ import numpy as np
 
 from feather_jax.cpu.emit import I64, POINTER, VOID, Builder, Code
 from feather_jax.cpu.graph import Node
-from feather_jax.cpu.loops import emit
+from feather_jax.cpu.loops import emit, items
 from feather_jax.cpu.machine_code import assemble, link
 from feather_jax.cpu.target import Target, host
 
@@ -25,9 +25,9 @@ class Compiled:
         kind = ir.FunctionType(VOID, [*[POINTER] * count, I64, I64])
         function = ir.Function(code.module, kind, "run")
         b = Builder(code, function)
-        b.call(kernel.function, function.args)
+        b.call(kernel, function.args)
         b.ret_void()
-        self.items = kernel.items
+        self.items = items(node)
         self.function = link(assemble(code.module, target, jit=True), "run", count + 2, target)
 
     def __call__(self, *inputs: np.ndarray, pieces: int = 1, in_place: bool = False) -> np.ndarray:
