@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import struct
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Int, PyTree, Shaped, UInt8
 from numpy.typing import DTypeLike
 
+from feather_jax.archive import write_archive
 from feather_jax.gaps import decode_gaps, encode_gaps
 
 KeyPath = tuple[str | int, ...]
@@ -114,7 +114,10 @@ def save(
             f"The index of {len(index['leaves'])} leaves and the metadata take {len(text)} bytes "
             f"and may take {MAX_INDEX_BYTES}; stack layers, or keep less metadata."
         )
-    _write(path, text, data)
+    write_archive(
+        path,
+        [("index.json", zipfile.ZIP_DEFLATED, [text]), ("data", zipfile.ZIP_STORED, data)],
+    )
 
 
 def load(path: str | os.PathLike[str]) -> dict[str | int, Any]:
@@ -333,40 +336,6 @@ def _check_json(value: Any, name: str) -> None:
 
 
 # Files.
-
-
-def _write(path: str | os.PathLike[str], index: bytes, data: list[np.ndarray]) -> None:
-    """Writes the archive beside `path`, whole and on disk, before it takes the name."""
-    target = os.path.realpath(path)
-    temporary = f"{target}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                with archive.open(
-                    _member("index.json", len(index), zipfile.ZIP_DEFLATED), "w"
-                ) as out:
-                    out.write(index)
-                size = sum(part.nbytes for part in data)
-                with archive.open(_member("data", size, zipfile.ZIP_STORED), "w") as out:
-                    for part in data:
-                        out.write(part.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _member(name: str, size: int, compression: int) -> zipfile.ZipInfo:
-    """A member's header without a date, so that equal content gives equal bytes."""
-    info = zipfile.ZipInfo(name)
-    info.file_size = size
-    info.compress_type = compression
-    info.create_system = 3  # Unix, on every system
-    info.external_attr = 0o644 << 16
-    return info
 
 
 @contextlib.contextmanager
