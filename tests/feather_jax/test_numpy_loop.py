@@ -103,6 +103,12 @@ def train_by_hand(params, x, y, sparsity, theta):
 # ---- with the library ----
 
 
+def loss_fn(params, x, y):
+    hidden = jnp.tanh(x @ params[HIDDEN]["kernel"] + params[HIDDEN]["bias"])
+    logits = hidden @ params[OUTPUT]["kernel"] + params[OUTPUT]["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
 def make_train_step(prune, x, y):
     tx = optax.chain(
         prune.scale_gradients(),
@@ -111,17 +117,33 @@ def make_train_step(prune, x, y):
         optax.sgd(LEARNING_RATE, momentum=MOMENTUM),
     )
 
-    def loss_fn(params):
-        hidden = jnp.tanh(x @ params[HIDDEN]["kernel"] + params[HIDDEN]["bias"])
-        logits = hidden @ params[OUTPUT]["kernel"] + params[OUTPUT]["bias"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
     @jax.jit
     def train_step(params, opt_state, step):
         threshold = prune.threshold(params, step)
-        loss, grads = jax.value_and_grad(lambda w: loss_fn(prune.sparsify(w, threshold)))(params)
+        loss, grads = jax.value_and_grad(lambda w: loss_fn(prune.sparsify(w, threshold), x, y))(
+            params
+        )
         updates, opt_state = tx.update(grads, opt_state, params, threshold=threshold)
         return optax.apply_updates(params, updates), opt_state, loss, threshold
+
+    return tx, train_step
+
+
+def make_wrapped_step(prune, x, y):
+    """The same recipe in one line: the loop itself knows nothing of Feather."""
+    tx = prune.wrap(
+        optax.chain(
+            optax.clip_by_global_norm(MAX_NORM),
+            optax.add_decayed_weights(WEIGHT_DECAY, mask=prunable_weights),
+            optax.sgd(LEARNING_RATE, momentum=MOMENTUM),
+        )
+    )
+
+    @jax.jit
+    def train_step(params, opt_state):
+        loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
 
     return tx, train_step
 
@@ -161,3 +183,31 @@ def test_forty_steps_follow_the_loop_by_hand(sparsity, theta):
     }
     # The cube root is steep at the threshold: 1e-15 in a weight there is 1e-5 in the result.
     assert distance(final, by_hand) < 1e-4
+
+
+@pytest.mark.parametrize(("sparsity", "theta"), [(0.9, 1.0), (0.98, 0.5)])
+def test_forty_wrapped_steps_follow_the_loop_by_hand(sparsity, theta):
+    """The dense weights in the state; the parameters are sparse, and at the end finalised."""
+    x, y, params = data()
+    expected = train_by_hand(params, x, y, sparsity, theta)
+    prune = Feather(sparsity, end_step=END_STEP)
+    with jax.enable_x64(True):
+        tx, train_step = make_wrapped_step(prune, x, y)
+        actual, state = params, tx.init(params)
+        for step in range(STEPS):
+            assert abs(state.threshold - expected[step].threshold) < 1e-9
+            actual, state, loss = train_step(actual, state)
+            assert abs(loss - expected[step].loss) < 1e-9
+            assert distance(state.dense, expected[step].params) < 1e-9
+        final = prune.finalize(state.dense)
+
+    for name in (HIDDEN, OUTPUT):
+        kernel = np.asarray(actual[name]["kernel"])
+        np.testing.assert_array_equal(kernel == 0, np.asarray(final[name]["kernel"]) == 0)
+    assert distance(actual, final) < 1e-15
+    threshold = quantile(expected[-1].params, sparsity)
+    by_hand = {
+        name: {"kernel": sparse(layer["kernel"], threshold), "bias": layer["bias"]}
+        for name, layer in expected[-1].params.items()
+    }
+    assert distance(actual, by_hand) < 1e-4
