@@ -168,7 +168,7 @@ def test_equinox():
 
 
 def test_equinox_of_a_whole_model_and_of_a_frozen_half():
-    """Parameters with functions in them, as some loops pass them, and with None for a frozen half."""
+    """Parameters with functions in them, and with None for a frozen half."""
     model = eqx.nn.MLP(8, 3, 16, depth=1, key=jax.random.key(0))
     prune = Feather(0.75, end_step=0, prunable=path_mask(include=["layers/.*/weight"]))
     tx = prune.wrap(optax.sgd(0.1))
