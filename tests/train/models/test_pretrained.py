@@ -98,7 +98,7 @@ def drawn(network):
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
-                tensor.uniform_(0.5, 1.5)
+                tensor.uniform_(0.3, 0.9)
             elif tensor.ndim == 1 or "head" in name or "pos_embed" in name:
                 tensor.normal_(0, 0.2)
     return network.eval()
@@ -142,7 +142,7 @@ def test_logits_are_pytorchs(build, spec, size, tmp_path):
     state = with_variables_of(abstract_state(model, size), path, model, lines.append)
     apply = jax.jit(functools.partial(model.apply, train=False))
     logits = apply({"params": state.params, "batch_stats": state.batch_stats}, images)
-    assert np.ptp(expected) > 0.1
+    assert 0.1 < np.ptp(expected) < 100
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     leaves = len(jax.tree.leaves((state.params, state.batch_stats)))
     assert lines == [f"Took {leaves} of the network's {leaves} arrays from {path}."]
