@@ -19,6 +19,7 @@ import pydantic
 from train import fields
 from train.errors import UserError
 from train.fields import Checked
+from train.models import imported
 from train.models.densenet import DenseNet
 from train.models.lenet import LeNet5, LeNet300
 from train.models.mobilenet import MobileNet
@@ -44,13 +45,21 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(spec: Mapping[str, Any], *, num_classes: int, dtype: Any = jnp.float32) -> nn.Module:
+def build(
+    spec: Mapping[str, Any],
+    *,
+    num_classes: int,
+    dtype: Any = jnp.float32,
+    allow_import: bool = False,
+) -> nn.Module:
     """The network that `config.model` describes.
 
     Args:
-      spec: `{"name": ..., **options}` with a name of `MODELS` and options of that network.
+      spec: `{"name": ..., **options}` with a name of `MODELS` and options of that network, or the
+        name of anyone's own, `package.module:Network`.
       num_classes: number of logits.
       dtype: of the computation; weights and statistics are in at least float32.
+      allow_import: whether a name with a colon is imported, which runs the code of its module.
 
     Returns:
       A Linen module, not yet initialised.
@@ -61,11 +70,26 @@ def build(spec: Mapping[str, Any], *, num_classes: int, dtype: Any = jnp.float32
     """
     options = dict(spec)
     name = options.pop("name", None)
+    if is_imported(name):
+        if not allow_import:
+            raise UserError(
+                f"the network is {name!r}, which is code that would be imported; give "
+                "--allow-import if you trust whom the file is from."
+            )
+        return imported.build(name, options, num_classes=num_classes, dtype=dtype)
     if not isinstance(name, str) or name not in MODELS:
-        raise UserError(f"config.model.name is {name!r}; known are {', '.join(MODELS)}.")
+        raise UserError(
+            f"config.model.name is {name!r}; known are {', '.join(MODELS)}, and your own as "
+            "package.module:Network."
+        )
     checked = fields.parse(_options(MODELS[name]), options, "config.model", name)
     given = {option: getattr(checked, option) for option in checked.model_fields_set}
     return MODELS[name](num_classes=num_classes, dtype=dtype, **given)
+
+
+def is_imported(name: Any) -> bool:
+    """Whether a network's name is that of anyone's own, `package.module:Network`."""
+    return isinstance(name, str) and ":" in name
 
 
 def _options(model: Callable[..., nn.Module]) -> type[Checked]:
