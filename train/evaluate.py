@@ -109,9 +109,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a model.npz")
     parser.add_argument("--data", help="another data set of the same shape, by its name")
     parser.add_argument("--data_dir", help="where the data set is, if not where the run had it")
+    parser.add_allow_import()
     arguments = parser.parse_args(argv)
     use_compilation_cache()
-    model = model_file.load(arguments.model)
+    model = model_file.load(arguments.model, allow_import=arguments.allow_import)
     data = open_data(model, arguments.data, arguments.data_dir)
     found = evaluate_model(model, data)
     print(

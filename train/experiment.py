@@ -18,6 +18,7 @@ from train import models
 from train.config import Config, Steps
 from train.data import DataSet
 from train.errors import UserError
+from train.models.calling import call_arguments
 from train.optimizer import learning_rate, make_optimizer
 from train.run.churn import all_kept
 from train.step import Metrics, TrainState, make_eval_step, make_train_step
@@ -73,7 +74,13 @@ def build(config: Config, data: DataSet | None = None) -> Experiment:
         )
     steps = config_lib.steps(config, data.num_train)
     dtype = usable_dtype(config.compute_dtype, "config.compute_dtype")
-    model = models.build(config.model, num_classes=data.num_classes, dtype=dtype)
+    model = models.build(
+        config.model,
+        num_classes=data.num_classes,
+        dtype=dtype,
+        image_shape=data.image_shape,
+        allow_import=True,  # the user gave the configuration, as code or on the command line
+    )
 
     variables = jax.eval_shape(lambda: initial_variables(model, data.image_shape, config.seed))
     prunable = prunable_mask(variables["params"], config.exclude)
@@ -135,7 +142,8 @@ def usable_dtype(name: str, where: str) -> jnp.dtype:
 
 def initial_variables(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyTree:
     """The variables of an untrained network for images [height, width, channels]."""
-    return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    images = jnp.zeros((1, *image_shape))
+    return model.init(jax.random.key(seed), images, **call_arguments(model, train=False))
 
 
 def state_initializer(

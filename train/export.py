@@ -57,8 +57,9 @@ def main(argv: Sequence[str]) -> None:
     parser = program.ArgumentParser("train.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a model.npz")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder, made if need be")
+    parser.add_allow_import()
     arguments = parser.parse_args(argv)
-    model = model_file.load(arguments.model)
+    model = model_file.load(arguments.model, allow_import=arguments.allow_import)
     exported = export(model)
     with writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)

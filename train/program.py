@@ -13,6 +13,14 @@ from train.errors import UserError
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but that a wrong argument is one sentence, as any other mistake is."""
 
+    def add_allow_import(self) -> None:
+        """Adds `--allow-import`, which every program has that builds a model file's network."""
+        self.add_argument(
+            "--allow-import",
+            action="store_true",
+            help="import the network that the file names, if it is somebody's own",
+        )
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[:1].upper()}{message[1:]}; --help says what there is.")
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, PyTree
 import feather_jax as feather
 from feather_jax.macs import Macs
 from feather_jax.masks import prunable_leaves
+from train.models.calling import call_arguments
 from train.store.model_file import SavedModel
 
 _RANGE = 3.0  # of the histograms, in thresholds
@@ -47,8 +48,9 @@ class PrunableLayer:
 def macs_of(model: SavedModel) -> Macs:
     """The multiply-accumulates of the whole network for one image."""
     images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+    arguments = call_arguments(model.network, train=False)
     return feather.count_macs(
-        lambda variables, images: model.network.apply(variables, images, train=False),
+        lambda variables, images: model.network.apply(variables, images, **arguments),
         model.variables,
         images,
     )

@@ -50,6 +50,7 @@ def build(
     *,
     num_classes: int,
     dtype: Any = jnp.float32,
+    image_shape: tuple[int, ...] | None = None,
     allow_import: bool = False,
 ) -> nn.Module:
     """The network that `config.model` describes.
@@ -59,6 +60,7 @@ def build(
         name of anyone's own, `package.module:Network`.
       num_classes: number of logits.
       dtype: of the computation; weights and statistics are in at least float32.
+      image_shape: height, width, channels, with which anyone's own network is tried.
       allow_import: whether a name with a colon is imported, which runs the code of its module.
 
     Returns:
@@ -66,17 +68,21 @@ def build(
 
     Raises:
       UserError: the name or an option is unknown, or an option's value is of another type or out
-        of the range that the network's attribute is annotated with.
+        of the range that the network's attribute is annotated with; or the network is anyone's
+        own, and not allowed or not fit for a run.
     """
     options = dict(spec)
     name = options.pop("name", None)
     if is_imported(name):
         if not allow_import:
             raise UserError(
-                f"the network is {name!r}, which is code that would be imported; give "
-                "--allow-import if you trust whom the file is from."
+                f"{name!r} is code that would be imported; give --allow-import if you trust whom "
+                "it is from."
             )
-        return imported.build(name, options, num_classes=num_classes, dtype=dtype)
+        model = imported.build(name, options, num_classes=num_classes, dtype=dtype)
+        if image_shape is not None:
+            imported.check(name, model, image_shape, num_classes)
+        return model
     if not isinstance(name, str) or name not in MODELS:
         raise UserError(
             f"config.model.name is {name!r}; known are {', '.join(MODELS)}, and your own as "

@@ -1,7 +1,6 @@
 """Anyone's own Linen network: `config.model = {"name": "package.module:Network", ...}`."""
 
 import contextlib
-import functools
 import importlib
 import traceback
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from train.models.calling import call_arguments, parameters_of, takes
 from train.parallel import AXIS
 
 _COLLECTIONS = ("params", "batch_stats")
-_NOT_THEIRS = ("<", *(module.__path__[0] for module in (train, jax, flax)))
+_NOT_THEIRS = ("<", *(module.__path__[0] for module in (train, jax, flax, importlib)))
 
 
 def build(name: str, options: Mapping[str, Any], **ours: Any) -> nn.Module:
@@ -118,13 +117,15 @@ def _imported(name: str) -> Any:
                 f"config.model.name is {name!r}, and there is no module {error.name}; start from "
                 "the folder that holds it, or add that to PYTHONPATH."
             ) from error
-    try:
-        return functools.reduce(getattr, attribute.split("."), module)
-    except AttributeError as error:
+    network: Any = module
+    for part in attribute.split("."):
+        network = getattr(network, part, None)
+    if not callable(network):
         raise UserError(
-            f"config.model.name is {name!r}, and {module_name} has no {attribute!r}; name a Linen "
-            "network as package.module:Network."
-        ) from error
+            f"config.model.name is {name!r}, and {module_name} has no class or function "
+            f"{attribute!r}; name a Linen network as package.module:Network."
+        )
+    return network
 
 
 def _hashable(value: Any) -> Any:
@@ -132,7 +133,7 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))
     if isinstance(value, Mapping):
-        return {key: _hashable(item) for key, item in value.items()}
+        return flax.core.FrozenDict({key: _hashable(item) for key, item in value.items()})
     return value
 
 

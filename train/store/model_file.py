@@ -22,6 +22,7 @@ from train.data.spec import Mean, Std
 from train.errors import UserError, writing
 from train.experiment import Experiment, initial_variables, usable_dtype
 from train.fields import Checked, Count
+from train.models.calling import call_arguments
 
 VERSION = 1
 
@@ -107,7 +108,9 @@ class SavedModel:
 
     def logits(self, variables: PyTree, images: UInt8[Array, "b h w c"]) -> Float[Array, "b k"]:
         """The network on images as they are decoded, with `variables` placed by the caller."""
-        logits = self.network.apply(variables, self.preprocess(images), train=False)
+        logits = self.network.apply(
+            variables, self.preprocess(images), **call_arguments(self.network, train=False)
+        )
         assert isinstance(logits, jax.Array)
         return logits
 
@@ -155,10 +158,14 @@ def save(
         compact.save(path, jax.device_get(variables), metadata.model_dump(mode="json"))
 
 
-def load(path: pathlib.Path) -> SavedModel:
+def load(path: pathlib.Path, *, allow_import: bool = False) -> SavedModel:
     """Reads a model file and builds its network.
 
-    Nothing is unpickled, and nothing imported that the file names.
+    Nothing is unpickled, and nothing imported that the file names, unless it is allowed.
+
+    Args:
+      path: the file.
+      allow_import: whether a network of the user's own, `package.module:Network`, is imported.
 
     Raises:
       UserError: there is no such file, it is damaged or not of `save`, its variables are not those
@@ -173,7 +180,13 @@ def load(path: pathlib.Path) -> SavedModel:
         raise UserError(str(error)) from error
     dtype = usable_dtype(metadata.compute_dtype, f"{path}'s compute_dtype")
     try:
-        network = models.build(metadata.model, num_classes=metadata.num_classes, dtype=dtype)
+        network = models.build(
+            metadata.model,
+            num_classes=metadata.num_classes,
+            dtype=dtype,
+            image_shape=metadata.preprocessing.image_shape,
+            allow_import=allow_import,
+        )
     except UserError as error:
         raise UserError(f"{path} holds a network that is not known here: {error}") from error
     model = SavedModel(path, network, variables, metadata)
