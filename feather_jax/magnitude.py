@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -84,6 +85,22 @@ def comparison_dtype(*values: Array) -> DTypeLike:
         return jnp.result_type(jnp.float32, *values)
 
 
+def like_weights(
+    function: Callable[[Array], Array], w: Float[Array, "*shape"]
+) -> Float[Array, "#*shape"]:
+    """`function(w)`, of the shape of `w` but for axes of size 1, sharded as `w` is.
+
+    On a mesh with Explicit axes, where reshaping a sharded axis is an error, XLA is left to find
+    how what is in between is sharded, as on an Auto one.
+    """
+    sharding = jax.typeof(w).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return function(w)
+    shape = jax.eval_shape(function, jax.ShapeDtypeStruct(w.shape, w.dtype)).shape
+    spec = [None if size == 1 else name for size, name in zip(shape, sharding.spec, strict=True)]
+    return auto_axes(function, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))(w)
+
+
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether an array of `shape` broadcasts to the shape `to`."""
     try:
@@ -125,7 +142,8 @@ class _BlockMagnitude:
             )
 
     def __call__(self, w: Float[Array, "*shape"]) -> Float[Array, "#*shape"]:
-        return _root_mean_square(w, self._lengths(w.shape))
+        lengths = self._lengths(w.shape)
+        return like_weights(lambda w: _root_mean_square(w, lengths), jnp.asarray(w))
 
     def _lengths(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The block's length along every axis of a kernel, or a ValueError."""

@@ -1,4 +1,4 @@
-"""The gradient transformation that scales what pruned weights receive."""
+"""Gradient transformations for weights that are pruned."""
 
 from typing import Any
 
@@ -80,11 +80,8 @@ def scale_pruned_gradients(
                 "TrainState.apply_gradients does not forward it; call tx.update yourself.)"
             )
 
-        def passed_over(update: Any) -> bool:
-            return update is None or isinstance(update, optax.MaskedNode)
-
         def scaled(update: Any, weight: Array, threshold: Array, selected: bool) -> Any:
-            if passed_over(update) or not selected:
+            if _passed_over(update) or not selected:
                 return update
             return scale_pruned(scale, update, weight, threshold, magnitude or jnp.abs)
 
@@ -94,8 +91,60 @@ def scale_pruned_gradients(
             params,
             spread_threshold(threshold, params),
             pruning_mask(params, prunable),
-            is_leaf=passed_over,
+            is_leaf=_passed_over,
         )
         return new_updates, state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def keep_zeros(*, prunable: Mask | None = None) -> optax.GradientTransformation:
+    """Leaves every zero of the prunable weights a zero, for fine-tuning a sparse model.
+
+    The updates of prunable weights that are zero become zero, whatever they are. Last in an
+    `optax.chain` nothing can move a zero, neither momentum nor weight decay:
+
+      tx = optax.chain(optax.adamw(1e-4), keep_zeros())
+
+    First in it as well, the gradients of zeros count in no clipping by norm. Leaves that are not
+    prunable learn as ever, biases that are zero included. A weight that training takes to exactly
+    zero is a zero from then on.
+
+    Args:
+      prunable: which weights are sparse; `prunable_weights` by default.
+
+    Returns:
+      A transformation without state, whose `update` raises ValueError where `params` is missing or
+      nothing is prunable. Updates that are None or `MaskedNode` are passed over.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from feather_jax import keep_zeros
+      >>> params = {"kernel": jnp.array([[0.0, 2.0]])}
+      >>> tx = optax.chain(optax.sgd(1.0), keep_zeros())
+      >>> tx.update({"kernel": jnp.ones((1, 2))}, tx.init(params), params)[0]
+      {'kernel': Array([[ 0., -1.]], dtype=float32)}
+    """
+
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
+        if params is None:
+            raise ValueError(
+                "keep_zeros looks for the zeros among the weights: pass the parameters, as in "
+                "tx.update(grads, state, params)."
+            )
+
+        def kept(update: Any, weight: Array, selected: bool) -> Any:
+            if _passed_over(update) or not selected:
+                return update
+            return jnp.where(weight == 0, jnp.zeros_like(update), update)
+
+        mask = pruning_mask(params, prunable)
+        return jax.tree.map(kept, updates, params, mask, is_leaf=_passed_over), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _passed_over(update: Any) -> bool:
+    return update is None or isinstance(update, optax.MaskedNode)

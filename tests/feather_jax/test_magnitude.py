@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from feather_jax import block_magnitude, threshold_operator
 from feather_jax.magnitude import measure
@@ -135,6 +137,29 @@ def test_the_gradient_is_straight_through_for_whole_blocks():
     np.testing.assert_allclose(jax.grad(loss)(w, 1.0), np.exp(sparse), rtol=1e-6)
     expected = np.exp(sparse) * np.where(m <= threshold, 0.25, 1)
     np.testing.assert_allclose(jax.jit(jax.grad(loss), static_argnums=1)(w, 0.25), expected, 1e-6)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("spec", [P(None, None, "a", "b"), P(None, None, ("a", "b"), None)])
+def test_sharded_weights(axis_type, spec):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+    w = np.random.default_rng(6).normal(size=(3, 3, 16, 8)).astype(np.float32)
+    sharded = jax.device_put(w, NamedSharding(mesh, spec))
+    # Blocks of 3 divide neither the axis nor what a device holds of it.
+    for magnitude in map(block_magnitude, [(4, 1), (3, 1), (None, 2), (None, None, None, 1)]):
+        expected = magnitude(w)
+        for function in (magnitude, jax.jit(magnitude)):
+            np.testing.assert_array_equal(function(sharded), expected)
+
+        @jax.jit
+        @jax.grad
+        def gradient(w, magnitude=magnitude):
+            return threshold_operator(w, 0.9, theta=0.5, magnitude=magnitude).sum()
+
+        by_w = gradient(sharded)
+        np.testing.assert_array_equal(by_w, np.where(expected <= 0.9, 0.5, np.ones_like(w)))
+        if axis_type == AxisType.Explicit:
+            assert by_w.sharding.is_equivalent_to(sharded.sharding, 4)
 
 
 def test_equal_blocks_are_equal():

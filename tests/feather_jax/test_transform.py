@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from feather_jax import (
     Feather,
     block_magnitude,
+    keep_zeros,
     prunable_weights,
     scale_pruned_gradients,
     sparsify,
@@ -330,3 +331,68 @@ def test_multi_steps_of_small_batches_equal_one_large_batch():
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), in_parts, at_once
             )
         assert np.abs(at_once["kernel"] - params["kernel"]).max() > 0.1
+
+
+# ---- keep_zeros ----
+
+SPARSE = {
+    "body": {"kernel": np.float32([[0.0, -0.5, -0.0]]), "bias": np.float32([0, 0.1, 0])},
+    "head": {"kernel": np.float32([[-0.1], [0.0], [3.0]])},
+}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.adamw(1e-1, weight_decay=0.1),
+        optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)),
+        optax.chain(optax.centralize(), optax.lion(1e-2)),
+    ],
+)
+def test_zeros_stay_where_they_are(optimizer):
+    tx = optax.chain(optimizer, keep_zeros())
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = SPARSE, tx.init(SPARSE)
+    for i in range(5):
+        grads = jax.tree.map(lambda g, i=i: (-1) ** i * g, GRADS)
+        grads["head"]["kernel"] = jnp.asarray(grads["head"]["kernel"]).at[1].set(jnp.nan)
+        params, state = step(params, state, grads)
+    for name, layer in SPARSE.items():
+        np.testing.assert_array_equal(params[name]["kernel"] == 0, layer["kernel"] == 0)
+        assert np.all((params[name]["kernel"] != layer["kernel"])[layer["kernel"] != 0])
+    assert np.all(params["body"]["bias"] != SPARSE["body"]["bias"])  # not prunable: they learn
+
+
+def test_zeros_of_the_gradient_first_in_the_chain_count_in_no_norm():
+    tx = optax.chain(keep_zeros(), optax.clip_by_global_norm(1.0))
+    updates = updated(tx, SPARSE, GRADS)
+    kept = [2, 4, 5, 6, 7, 9]
+    expected = GRADS["head"]["kernel"][:, 0] * [1, 0, 1] / np.sqrt(np.sum(np.square(kept)))
+    np.testing.assert_allclose(updates["head"]["kernel"][:, 0], expected, rtol=1e-6)
+
+
+def test_keep_zeros_with_masks_and_missing_updates():
+    mask = {"body": {"kernel": True, "bias": True}, "head": False}
+    updates = updated(keep_zeros(prunable=mask), SPARSE, GRADS)
+    assert_trees_equal(updates["body"], {"kernel": [[0, 2, 0]], "bias": [0, 5, 0]})
+    assert_trees_equal(updates["head"], GRADS["head"])
+    bfloat16 = jax.tree.map(lambda g: jnp.asarray(g, jnp.bfloat16), GRADS)
+    assert updated(keep_zeros(), SPARSE, bfloat16)["body"]["kernel"].dtype == jnp.bfloat16
+    grads = {"body": GRADS["body"], "head": {"kernel": None}}
+    assert updated(keep_zeros(), SPARSE, grads)["head"]["kernel"] is None
+    inside = optax.masked(keep_zeros(), {"body": True, "head": False})
+    assert_trees_equal(updated(inside, SPARSE, GRADS)["head"], GRADS["head"])
+    assert_trees_equal(updated(inside, SPARSE, GRADS)["body"]["kernel"], [[0, 2, 0]])
+
+
+def test_keep_zeros_says_what_it_misses():
+    with pytest.raises(ValueError, match=r"pass the parameters, as in tx.update\(grads, state, pa"):
+        keep_zeros().update(GRADS, optax.EmptyState())
+    with pytest.raises(ValueError, match="no prunable weight"):
+        keep_zeros().update({"bias": 1.0}, optax.EmptyState(), {"bias": 1.0})
