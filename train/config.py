@@ -79,7 +79,13 @@ class Config(Checked):
       compute_dtype: "float32", "bfloat16" (weights are float32 in either), or "float64", weights
         included, where JAX_ENABLE_X64=1 is in the environment.
       seed: of the initial weights, the order of examples and the augmentation.
-      init_from: a workdir or a model file whose variables training starts from; "" for none.
+      init_from: what training starts from: a workdir, a model file, or torchvision's or timm's
+        weights in a file of PyTorch or of safetensors; "" for none.
+      head: an expression that the paths of the last layer's parameters match in full: those begin
+        anew where `init_from` has another number of classes.
+      head_learning_rate: the head's learning rate, as a multiple of `learning_rate`.
+      freeze: regular expressions over parameter paths; a parameter that one of them matches in full
+        stays as it is: it is neither trained nor pruned.
       log_every_steps: how often a line of metrics is written.
       eval_every_epochs: how often the model is evaluated; it is at the end in any case.
       checkpoint_every_steps: how often the state is saved; it is at the end in any case.
@@ -112,6 +118,9 @@ class Config(Checked):
     compute_dtype: Dtype = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     init_from: str = ""
+    head: str = "head/.*"
+    head_learning_rate: Positive = 1.0
+    freeze: Patterns = ()
     log_every_steps: Count = 10
     eval_every_epochs: Positive = 1.0
     checkpoint_every_steps: Count = 1000
@@ -129,14 +138,16 @@ class Config(Checked):
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
         """What one field says about another."""
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"config.exclude holds {pattern!r}, which is no regular expression ({error}); "
-                    "correct it or quote its special characters with a backslash."
-                ) from error
+        for name in ("exclude", "freeze", "head"):
+            given = getattr(self, name)
+            for pattern in (given,) if isinstance(given, str) else given:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UserError(
+                        f"config.{name} has {pattern!r}, which is no regular expression ({error}); "
+                        "correct it or quote its special characters with a backslash."
+                    ) from error
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"config.warmup_epochs is {self.warmup_epochs}, and it must be less than "

@@ -83,7 +83,8 @@ def build(config: Config, data: DataSet | None = None) -> Experiment:
     )
 
     variables = jax.eval_shape(lambda: initial_variables(model, data.image_shape, config.seed))
-    prunable = prunable_mask(variables["params"], config.exclude)
+    check_paths(variables["params"], config)
+    prunable = prunable_mask(variables["params"], config.exclude, config.freeze)
     prune = None
     if config.sparsity:
         prune = feather.Feather(
@@ -179,15 +180,35 @@ def state_initializer(
     return jax.jit(initial_state, compiler_options=options)
 
 
-def prunable_mask(params: PyTree, exclude: tuple[str, ...]) -> PyTree[bool]:
+def check_paths(params: PyTree, config: Config) -> None:
+    """Raises UserError where `freeze` or the head that is asked for is none of the parameters."""
+    try:
+        if config.freeze:
+            frozen = jax.tree.leaves(feather.path_mask(include=config.freeze)(params))
+            if all(frozen):
+                raise UserError("config.freeze leaves nothing to train; give fewer expressions.")
+    except ValueError as error:
+        raise UserError(f"config.freeze {str(error).removeprefix('include ')}") from error
+    try:
+        if config.head_learning_rate != 1:
+            feather.path_mask(include=config.head)(params)
+    except ValueError as error:
+        raise UserError(f"config.head {str(error).removeprefix('include ')}") from error
+
+
+def prunable_mask(
+    params: PyTree, exclude: tuple[str, ...], freeze: tuple[str, ...] = ()
+) -> PyTree[bool]:
     """Feather's default mask without the parameters whose whole path an expression matches.
 
     Args:
       params: the parameters, or their shapes.
       exclude: regular expressions over paths such as `Dense_0/kernel`.
+      freeze: the same, which need not match a prunable one.
 
     Raises:
-      UserError: an expression matches no prunable parameter, or nothing is left to prune.
+      UserError: an expression of `exclude` matches no prunable parameter, or nothing is left to
+        prune.
     """
     default = feather.prunable_weights(params)
     leaves = jax.tree_util.tree_leaves_with_path(default)
@@ -200,10 +221,11 @@ def prunable_mask(params: PyTree, exclude: tuple[str, ...]) -> PyTree[bool]:
             )
 
     def stays(name: str) -> bool:
-        return any(re.fullmatch(pattern, name) for pattern in exclude)
+        return any(re.fullmatch(pattern, name) for pattern in exclude + freeze)
 
     if all(map(stays, names)):
-        raise UserError("config.exclude leaves nothing to prune; give fewer expressions.")
+        both = "config.exclude and config.freeze leave" if freeze else "config.exclude leaves"
+        raise UserError(f"{both} nothing to prune; give fewer expressions.")
     return jax.tree_util.tree_map_with_path(
         lambda path, selected: selected and not stays(path_name(path)), default
     )

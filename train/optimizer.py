@@ -1,5 +1,6 @@
 """The optimiser of a configuration: one Optax chain, with SGD in the paper's order."""
 
+import jax
 import optax
 
 import feather_jax as feather
@@ -23,7 +24,9 @@ def make_optimizer(
 
     SGD's is weight decay, momentum and learning rate; AdamW's is its moments, weight decay, which
     they do not see, and learning rate. Weight decay is for kernels alone, the dense and the pruned
-    ones alike, not for biases and normalisation parameters.
+    ones alike, not for biases and normalisation parameters. The head may have a learning rate of
+    its own. Frozen parameters are outside all of it: they have no momentum, and their gradients no
+    part in the norm that is clipped.
 
     Args:
       config: the hyperparameters.
@@ -49,4 +52,17 @@ def make_optimizer(
             optax.add_decayed_weights(config.weight_decay, mask=feather.prunable_weights),
             optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov),
         )
-    return optax.with_extra_args_support(optax.chain(*scaling, *clipping, update))
+    head: tuple[optax.GradientTransformation, ...] = ()
+    if config.head_learning_rate != 1:
+        factor = optax.scale(config.head_learning_rate)
+        head = (optax.masked(factor, feather.path_mask(include=config.head)),)
+    tx = optax.chain(*scaling, *clipping, update, *head)
+    if config.freeze:
+        is_frozen = feather.path_mask(include=config.freeze)
+        tx = optax.partition(
+            {"trained": tx, "frozen": optax.set_to_zero()},
+            lambda params: jax.tree.map(
+                lambda frozen: "frozen" if frozen else "trained", is_frozen(params)
+            ),
+        )
+    return optax.with_extra_args_support(tx)

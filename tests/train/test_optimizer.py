@@ -1,5 +1,6 @@
 """The optimiser against the order of Feather's released code, written out in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -83,3 +84,34 @@ def test_clipping_can_be_turned_off():
     params, grads = (as_float32(tree) for tree in params_and_grads())
     updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["bias"], -0.1 * grads["bias"], rtol=1e-6)
+
+
+def test_frozen_parameters_neither_move_nor_count_in_the_norm_that_is_clipped():
+    tx, _ = build(freeze=("body/.*",), clip_norm=1.0)
+    params, grads = params_and_grads()
+    params = {"body": as_float32(params), "head": as_float32(params)}
+    grads = {"body": as_float32(grads), "head": as_float32(grads)}
+    alone, _ = build(clip_norm=1.0)
+    state, alone_state = tx.init(params), alone.init(params["head"])
+    assert not any("body" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        expected, alone_state = jax.jit(alone.update)(grads["head"], alone_state, params["head"])
+        assert not any(np.any(leaf) for leaf in updates["body"].values())
+        jax.tree.map(np.testing.assert_array_equal, updates["head"], expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}, {"freeze": ("body/bias",)}])
+def test_the_head_has_its_learning_rate_weight_decay_included(changes):
+    params, grads = params_and_grads()
+    params = {"body": as_float32(params), "head": as_float32(params)}
+    grads = {"body": as_float32(grads), "head": as_float32(grads)}
+    found = []
+    for factor in (1.0, 5.0):
+        tx, _ = build(head_learning_rate=factor, **changes)
+        found.append(tx.update(grads, tx.init(params), params)[0])
+    plain, scaled = found
+    jax.tree.map(np.testing.assert_array_equal, scaled["body"], plain["body"])
+    for name, leaf in plain["head"].items():
+        assert np.any(leaf)
+        np.testing.assert_allclose(scaled["head"][name], 5 * leaf, rtol=1e-6)
