@@ -1,0 +1,170 @@
+"""A program as plain data: its steps in order, where each finds its operands, and the weights."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from feather_jax.cpu.dense import DenseProduct, SparseProduct
+from feather_jax.cpu.graph import Operation, Shape
+from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles
+from feather_jax.cpu.sparse import SparseConvolution
+from feather_jax.cpu.tiled import TiledElementwise, TiledPool, TiledReduce
+from feather_jax.cpu.tiles import LINE
+from feather_jax.summary import format_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Shape and dtype of an array of rows."""
+
+    shape: Shape
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """`nbytes` bytes. Operands: y, x."""
+
+    nbytes: int
+
+    @property
+    def items(self) -> int:
+        return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsKernel:
+    """Any other operation, on arrays of rows. Operands: y, then the inputs.
+
+    Attributes:
+      operation: what is done.
+      inputs: to what.
+    """
+
+    operation: Operation
+    inputs: tuple[Array, ...]
+
+
+Kernel = (
+    SparseConvolution
+    | SparseProduct
+    | DenseProduct
+    | TiledPool
+    | TiledReduce
+    | TiledElementwise
+    | ToTiles
+    | ToRows
+    | Halo
+    | Retile
+    | RowsKernel
+    | Copy
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an operand begins.
+
+    Attributes:
+      space: the program's arguments, its results, its working memory or its weights.
+      offset: bytes.
+      index: which argument or result.
+    """
+
+    space: Literal["input", "output", "workspace", "weights"]
+    offset: int = 0
+    index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One kernel's work.
+
+    Attributes:
+      layer: the layer that it is part of.
+      kernel: what determines its code.
+      operands: the result, then what the kernel's class lists.
+      shape: of the result, as an array of rows.
+      nonzeros: weights that are not zero.
+      macs: multiply-accumulates.
+    """
+
+    layer: str
+    kernel: Kernel
+    operands: tuple[Place, ...]
+    shape: Shape
+    nonzeros: int = 0
+    macs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A program. `str` gives a table of its steps.
+
+    Attributes:
+      inputs, outputs: the arguments and results, flattened.
+      steps: in order.
+      workspace: bytes of working memory, to be aligned to cache lines.
+      threads: for how many the work is cut.
+    """
+
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+    steps: tuple[Step, ...]
+    workspace: int
+    threads: int
+
+    @property
+    def counters(self) -> int:
+        """Bytes at the start of the working memory with which threads share the steps."""
+        return 2 * LINE * len(self.steps) if self.threads > 1 else 0
+
+    @property
+    def macs(self) -> int:
+        return sum(step.macs for step in self.steps)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                step.layer,
+                describe(step.kernel),
+                "x".join(map(str, step.shape)),
+                f"{step.nonzeros:,}" if step.macs else "",
+                f"{step.macs:,}" if step.macs else "",
+            )
+            for step in self.steps
+        ]
+        nonzeros = sum(step.nonzeros for step in self.steps)
+        rows.append(("all", f"{self.workspace:,} bytes", "", f"{nonzeros:,}", f"{self.macs:,}"))
+        return format_table(("layer", "kernel", "result", "non-zeros", "MACs"), rows)
+
+
+def describe(kernel: Kernel) -> str:
+    """A kernel in a few words."""
+    match kernel:
+        case SparseConvolution(y=y, block=block, chunks=chunks):
+            parts = f", {chunks} chunks" if chunks > 1 else ""
+            return f"sparse convolution, {y}, {block[0]}x{block[1]} at a time{parts}"
+        case SparseProduct():
+            return "sparse product"
+        case DenseProduct():
+            return "dense product"
+        case TiledPool(y=y, kind=kind):
+            return f"pool {kind}, {y}"
+        case TiledReduce(kind=kind):
+            return f"reduce {kind}"
+        case TiledElementwise(y=y, steps=steps):
+            return f"{' '.join(step.function for step in steps) or 'copy'}, {y}"
+        case ToTiles(y):
+            return f"to {y}"
+        case ToRows():
+            return "to rows"
+        case Halo():
+            return "halo"
+        case Retile(y=y):
+            return f"to {y}"
+        case RowsKernel(operation):
+            return type(operation).__name__.lower()
+        case Copy():
+            return "copy"

@@ -1,0 +1,75 @@
+"""How a sparse convolution goes through its pixels, channels and threads: a fixed rule."""
+
+import numpy as np
+
+from feather_jax.cpu.graph import Convolution
+from feather_jax.cpu.target import Target
+from feather_jax.cpu.tiles import LINE, Tiles
+
+# Bytes of input that a block of pixels should read at most, so that it stays in the first cache.
+SLAB = 40_000
+
+# Pairs of a row and chunk that pay for reading and storing its accumulators once more.
+LEAST_PAIRS = 8
+
+
+def choose_block(
+    op: Convolution, x: Tiles, y: Tiles, target: Target
+) -> tuple[tuple[int, int], int]:
+    """Chooses a block of pixels, and the number of chunks of input channels.
+
+    The block fills the registers, so that there are few blocks; of those that need as many, the one
+    that reads the fewest cache lines. Chunks halve what it reads until that fits the first cache,
+    as long as enough non-zeros remain to a row.
+
+    Returns:
+      Rows and columns of the block, and the number of chunks.
+    """
+    (high, wide), most = y.tile, target.accumulators
+
+    def blocks(block: tuple[int, int]) -> int:
+        return -(-high // block[0]) * (wide // block[1])
+
+    candidates = [
+        (rows, columns)
+        for columns in range(1, wide + 1)
+        if wide % columns == 0
+        for rows in range(1, high + 1)
+        if rows * columns <= most
+    ]
+    block = min(candidates, key=lambda each: (blocks(each), _slab(op, x, each)))
+    if op.groups > 1:
+        return block, 1
+
+    inputs, outputs = op.weights.shape[2:]
+    pairs, slab = np.count_nonzero(op.weights) / outputs, _slab(op, x, block)
+    chunks = 1
+    while slab > SLAB * chunks and pairs > 2 * chunks * LEAST_PAIRS and inputs >= 16 * chunks:
+        chunks *= 2
+    return block, chunks
+
+
+def _slab(op: Convolution, x: Tiles, block: tuple[int, int]) -> int:
+    """Bytes of the cache lines that a block reads of all channels."""
+    rows, columns = (
+        (size - 1) * stride + (taps - 1) * step + 1
+        for size, stride, taps, step in zip(
+            block, op.strides, op.weights.shape[:2], op.dilation, strict=True
+        )
+    )
+    if columns == x.columns:
+        lines = -(-rows * columns * x.vector // LINE)
+    else:
+        lines = rows * -(-columns * x.vector // LINE)
+    return x.channels * lines * LINE
+
+
+def prefetch(op: Convolution, chunks: int) -> int:
+    """How many cache lines the pairs of a row and chunk are, rounded up, and one more."""
+    pairs = np.count_nonzero(op.weights) / (op.weights.shape[3] * chunks)
+    return min(4, int(-(-8 * pairs // LINE)) + 1)
+
+
+def by_channel(blocks: int, threads: int) -> bool:
+    """Whether threads share output channels, because there are too few blocks to be shared."""
+    return threads > 1 and blocks < 8 and blocks % threads != 0
