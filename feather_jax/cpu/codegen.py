@@ -1,0 +1,170 @@
+"""From a plan to LLVM IR: the kernels, and the function that runs them one after the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.ir as ir
+
+from feather_jax.cpu import loops
+from feather_jax.cpu.dense import (
+    DenseProduct,
+    SparseProduct,
+    emit_dense_product,
+    emit_sparse_product,
+)
+from feather_jax.cpu.emit import I8, I32, I64, POINTER, VOID, Builder, Code, Value, i64
+from feather_jax.cpu.graph import Input, Node
+from feather_jax.cpu.layouts import (
+    Halo,
+    Retile,
+    ToRows,
+    ToTiles,
+    emit_halo,
+    emit_retile,
+    emit_to_rows,
+    emit_to_tiles,
+)
+from feather_jax.cpu.plan import Copy, Kernel, Place, Plan, RowsKernel
+from feather_jax.cpu.sparse import SparseConvolution, emit_sparse_convolution
+from feather_jax.cpu.target import Target
+from feather_jax.cpu.tiled import (
+    TiledElementwise,
+    TiledPool,
+    TiledReduce,
+    emit_elementwise,
+    emit_pool,
+    emit_reduce,
+)
+from feather_jax.cpu.tiles import LINE
+
+ENTRY = "feather_run"
+
+PARTS = 4  # of a step's work for each thread
+SPINS = 1000  # looks at a counter that others change, about 2 us, before the thread yields
+
+
+def emit_copy(code: Code, spec: Copy) -> ir.Function:
+    """void f(y, x, begin, end)."""
+    b, (y, x, _, _) = code.start("copy", 2)
+    b.loop(i64(0), i64(spec.nbytes), lambda i: b.write(b.read(x, I8, i), y, i))
+    b.ret_void()
+    return b.function
+
+
+_EMITTERS: dict[type, Callable[[Code, Any], ir.Function]] = {
+    SparseConvolution: emit_sparse_convolution,
+    SparseProduct: emit_sparse_product,
+    DenseProduct: emit_dense_product,
+    TiledPool: emit_pool,
+    TiledReduce: emit_reduce,
+    TiledElementwise: emit_elementwise,
+    ToTiles: emit_to_tiles,
+    ToRows: emit_to_rows,
+    Halo: emit_halo,
+    Retile: emit_retile,
+    Copy: emit_copy,
+}
+
+
+def emit_kernel(code: Code, kernel: Kernel) -> tuple[ir.Function, int]:
+    """The function of a kernel and the number of its work items.
+
+    The function is void f(operand ..., begin, end), for a range of items.
+    """
+    if isinstance(kernel, RowsKernel):
+        inputs = [Node(Input(i, x.shape, x.dtype)) for i, x in enumerate(kernel.inputs)]
+        rows = loops.emit(code, Node(kernel.operation, tuple(inputs)))
+        return rows.function, rows.items
+    return code.function(kernel, lambda: _EMITTERS[type(kernel)](code, kernel)), kernel.items
+
+
+def emit_program(plan: Plan, target: Target) -> ir.Module:
+    """A module with void feather_run(inputs, outputs, workspace, weights, stamps).
+
+    `inputs` and `outputs` point to the addresses of the arrays. Where `stamps` is not null, a clock
+    is written there before the first step and after each, int64.
+    """
+    code = Code(target)
+    kind = ir.FunctionType(VOID, [POINTER] * 5)
+    function = ir.Function(code.module, kind, ENTRY)
+    b = Builder(code, function)
+    inputs, outputs, workspace, weights, stamps = function.args
+    bases = {"workspace": workspace, "weights": weights}
+
+    def operand(place: Place) -> Value:
+        if place.space in bases:
+            return b.address(bases[place.space], place.offset)
+        table = inputs if place.space == "input" else outputs
+        return b.address(b.read(table, POINTER, 8 * place.index), place.offset)
+
+    def stamp(number: int) -> None:
+        with b.if_then(b.icmp_unsigned("!=", stamps, ir.Constant(POINTER, None))):
+            b.write(_clock(b), stamps, 8 * number)
+
+    stamp(0)
+    for number, step in enumerate(plan.steps):
+        kernel, items = emit_kernel(code, step.kernel)
+        operands = [operand(place) for place in step.operands]
+        if plan.threads == 1:
+            b.call(kernel, [*operands, i64(0), i64(items)])
+        else:
+            counter = b.address(workspace, 2 * LINE * number)
+            _call_shared(b, kernel, operands, items, plan.threads, counter)
+        stamp(number + 1)
+    b.ret_void()
+    return code.module
+
+
+def _call_shared(
+    b: Builder,
+    kernel: ir.Function,
+    operands: list[Value],
+    items: int,
+    threads: int,
+    counter: Value,
+) -> None:
+    """Calls a kernel part by part, each part by whichever thread comes first.
+
+    Nobody waits for a thread that has not come: a step is done when its parts are. The first
+    counter is of the parts that were taken, the second, a cache line further, of those done. Who
+    waits for the others' parts spins for some microseconds and then lets other processes run.
+    """
+    parts = min(items, PARTS * threads)
+    done = b.address(counter, LINE)
+    names = ("take", "work", "look", "spin", "rest", "behind")
+    take, work, look, spin, rest, behind = (b.append_basic_block(name) for name in names)
+    b.branch(take)
+
+    b.position_at_end(take)
+    part = b.atomic_rmw("add", counter, i64(1), "acq_rel")
+    b.cbranch(b.icmp_signed("<", part, i64(parts)), work, look)
+
+    b.position_at_end(work)
+    bounds = [b.sdiv(b.scale(b.add(part, i64(i)), items), i64(parts)) for i in (0, 1)]
+    b.call(kernel, [*operands, *bounds])
+    b.atomic_rmw("add", done, i64(1), "acq_rel")
+    b.branch(take)
+
+    b.position_at_end(look)
+    turns = b.phi(I64)
+    turns.add_incoming(i64(0), take)
+    finished = b.load_atomic(done, "acquire", 8, typ=I64)
+    b.cbranch(b.icmp_signed("<", finished, i64(parts)), spin, behind)
+
+    b.position_at_end(spin)
+    following = b.add(turns, i64(1))
+    turns.add_incoming(following, spin)
+    turns.add_incoming(following, rest)
+    b.cbranch(b.icmp_signed("<", following, i64(SPINS)), look, rest)
+
+    b.position_at_end(rest)
+    b.call(b.code.intrinsic("sched_yield", I32, []), [])
+    b.branch(look)
+
+    b.position_at_end(behind)
+
+
+def _clock(b: Builder) -> Value:
+    if b.code.target.x86:
+        return b.call(b.code.intrinsic("llvm.readcyclecounter", I64, []), [])
+    return b.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], True)
