@@ -1,0 +1,158 @@
+"""Compiled functions against JAX: what a user calls."""
+
+import concurrent.futures
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from feather_jax.cpu.program import compile as compile_program
+from train.models import build as build_model
+
+rng = np.random.default_rng(0)
+
+
+def random(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def thin(model: nn.Module, density: float, images: np.ndarray, **options):
+    """Random weights of which `density` is left, and statistics that are not 0 and 1."""
+
+    def leaf(path, like):
+        if path[-1].key == "kernel":
+            kept = rng.random(like.shape) < density
+            fan_in = density * np.prod(like.shape[:-1])
+            return jnp.asarray(random(*like.shape) * kept / np.sqrt(fan_in).astype(np.float32))
+        if path[-1].key in ("scale", "var"):
+            return jnp.asarray(1 + 0.2 * rng.random(like.shape).astype(np.float32))
+        return jnp.asarray(0.1 * random(*like.shape))
+
+    shapes = jax.eval_shape(functools.partial(model.init, **options), jax.random.key(0), images)
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def agree(result, expected) -> None:
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(result) / scale, expected / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("lenet300", (2, 28, 28, 1)),
+        ("lenet5", (1, 28, 28, 1)),
+        ("resnet8", (1, 32, 32, 3)),
+        ("resnet8", (16, 32, 32, 3)),
+        pytest.param("resnet50", (1, 65, 64, 3), marks=pytest.mark.slow),
+        pytest.param("mobilenet", (3, 32, 32, 3), marks=pytest.mark.slow),
+        pytest.param("imagenet_mobilenet", (1, 64, 64, 3), marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", (1, 64, 64, 3), marks=pytest.mark.slow),
+        pytest.param("densenet40", (2, 32, 32, 3), marks=pytest.mark.slow),
+        pytest.param("vit_tiny", (1, 64, 64, 3), marks=pytest.mark.slow),
+    ],
+)
+def test_models(name, shape):
+    model = build_model({"name": name}, num_classes=10)
+    images = random(*shape)
+    variables = thin(model, 0.2, images, train=False)
+
+    def classify(images):
+        return model.apply(variables, images, train=False)
+
+    agree(compile_program(classify, images)(images), jax.jit(classify)(images))
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(8, (3, 3), strides=2)(x)))
+        y = y + nn.Conv(8, (3, 3))(y)
+        y = nn.avg_pool(y, (2, 2), (2, 2), "SAME")
+        return nn.log_softmax(nn.Dense(5)(y.mean((1, 2))))
+
+
+@pytest.fixture(scope="module")
+def residual():
+    model, images = Residual(), random(2, 15, 13, 3)
+    variables = thin(model, 0.5, images)
+    return jax.jit(lambda images: model.apply(variables, images)), images
+
+
+def test_shapes_suffice(residual):
+    function, images = residual
+    program = compile_program(function, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    agree(program(images), function(images))
+    agree(program(jnp.asarray(images)), function(images))
+    agree(program(images[:, ::-1]), function(images[:, ::-1]))
+
+
+def test_pytrees():
+    def function(inputs, scale):
+        return {"sum": inputs["a"] * scale + inputs["b"], "both": (inputs["a"], scale)}
+
+    inputs = {"a": random(3, 4), "b": random(4)}
+    program = compile_program(function, inputs, 2.0)
+    result, expected = program(inputs, 3.0), function(inputs, np.float32(3))
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    for own, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(own, other)
+
+
+def test_results_are_the_callers():
+    """A call neither changes an earlier call's results nor returns the arguments themselves."""
+    program = compile_program(lambda x: (x, x + 1), np.zeros(3, np.float32))
+    x = np.ones(3, np.float32)
+    first, _ = program(x)
+    second, _ = program(2 * x)
+    np.testing.assert_array_equal(first, x)
+    np.testing.assert_array_equal(second, 2 * x)
+    assert not np.shares_memory(first, x)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_from_several_threads(residual, threads, monkeypatch):
+    monkeypatch.setattr("feather_jax.cpu.program.WORTH_THREADS", 0)
+    function, images = residual
+    program = compile_program(function, images, threads=threads)
+    batches = [random(*images.shape) for _ in range(20)]
+    expected = [program(each) for each in batches]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for result, other in zip(pool.map(program, batches), expected, strict=True):
+            np.testing.assert_array_equal(result, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((1, 15, 13, 3), np.float32),), r"float32\[1, 15, 13, 3\].*\[2, 15, 13, 3\]"),
+        ((np.zeros((2, 15, 13, 3), np.float64),), r"float64.*must be float32"),
+        ((), "structure"),
+        (([np.zeros((2, 15, 13, 3), np.float32)],), "structure"),
+    ],
+)
+def test_other_arguments_are_refused(residual, arguments, message):
+    function, images = residual
+    program = compile_program(function, images)
+    with pytest.raises(ValueError, match=message):
+        program(*arguments)
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(ValueError, match="threads is 0"):
+        compile_program(lambda x: x, np.zeros(1, np.float32), threads=0)
+
+
+def test_prints_plan_and_profile(residual):
+    function, images = residual
+    program = compile_program(function, images)
+    assert "Conv_0" in str(program)
+    profile = program.profile(images)
+    assert len(profile.seconds) == len(program.plan.steps)
+    assert profile.total > 0
+    assert profile.peak > 1e8
+    assert "of peak" in str(profile)
+    assert "Conv_1" in str(profile)
