@@ -113,6 +113,11 @@ class Builder(ir.IRBuilder):
         fma = self.code.intrinsic(f"llvm.fmuladd.{name}", kind, [kind] * 3)
         return self.call(fma, [x, y, z])
 
+    def prefetch(self, pointer: Value) -> None:
+        """Asks for the cache line that a pointer is in."""
+        fetch = self.code.intrinsic("llvm.prefetch.p0", VOID, [POINTER, I32, I32, I32])
+        self.call(fetch, [pointer, i32(0), i32(3), i32(1)])
+
     def loop(
         self,
         low: Value,
