@@ -13,7 +13,6 @@ from feather_jax.cpu.dense import (
     emit_sparse_product,
 )
 from feather_jax.cpu.emit import I8, I32, I64, POINTER, VOID, Builder, Code, Value, i64
-from feather_jax.cpu.graph import Input, Node
 from feather_jax.cpu.layouts import (
     Halo,
     Retile,
@@ -66,16 +65,11 @@ _EMITTERS: dict[type, Callable[[Code, Any], ir.Function]] = {
 }
 
 
-def emit_kernel(code: Code, kernel: Kernel) -> tuple[ir.Function, int]:
-    """The function of a kernel and the number of its work items.
-
-    The function is void f(operand ..., begin, end), for a range of items.
-    """
+def emit_kernel(code: Code, kernel: Kernel) -> ir.Function:
+    """The function of a kernel: void f(operand ..., begin, end), for a range of its work items."""
     if isinstance(kernel, RowsKernel):
-        inputs = [Node(Input(i, x.shape, x.dtype)) for i, x in enumerate(kernel.inputs)]
-        rows = loops.emit(code, Node(kernel.operation, tuple(inputs)))
-        return rows.function, rows.items
-    return code.function(kernel, lambda: _EMITTERS[type(kernel)](code, kernel)), kernel.items
+        return loops.emit(code, kernel.node)
+    return code.function(kernel, lambda: _EMITTERS[type(kernel)](code, kernel))
 
 
 def emit_program(plan: Plan, target: Target) -> ir.Module:
@@ -103,7 +97,7 @@ def emit_program(plan: Plan, target: Target) -> ir.Module:
 
     stamp(0)
     for number, step in enumerate(plan.steps):
-        kernel, items = emit_kernel(code, step.kernel)
+        kernel, items = emit_kernel(code, step.kernel), step.kernel.items
         operands = [operand(place) for place in step.operands]
         if plan.threads == 1:
             b.call(kernel, [*operands, i64(0), i64(items)])

@@ -5,8 +5,9 @@ from typing import Literal
 
 import numpy as np
 
+from feather_jax.cpu import loops
 from feather_jax.cpu.dense import DenseProduct, SparseProduct
-from feather_jax.cpu.graph import Operation, Shape
+from feather_jax.cpu.graph import Input, Node, Operation, Shape
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles
 from feather_jax.cpu.sparse import SparseConvolution
 from feather_jax.cpu.tiled import TiledElementwise, TiledPool, TiledReduce
@@ -44,6 +45,16 @@ class RowsKernel:
 
     operation: Operation
     inputs: tuple[Array, ...]
+
+    @property
+    def node(self) -> Node:
+        """The operation, applied to inputs of those shapes and dtypes."""
+        inputs = (Node(Input(i, x.shape, x.dtype)) for i, x in enumerate(self.inputs))
+        return Node(self.operation, tuple(inputs))
+
+    @property
+    def items(self) -> int:
+        return loops.items(self.node)
 
 
 Kernel = (
