@@ -31,7 +31,6 @@ from benchmarks.common import append_result, keep_to_one_core, print_table
 from train import data
 from train.data import memory, photographs
 from train.data.order import Order
-from train.data.spec import InMemory
 from train.prepare import ARCHIVES, prepare
 
 SIZE = 224
@@ -70,8 +69,7 @@ def in_memory(rounds: int) -> int:
     images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
     labels = np.zeros(len(images), np.int32)
     arrays = memory.Arrays(images, labels, images[:1], labels[:1])
-    spec = InMemory(name="cifar10", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    batches = memory.data_set(spec, arrays, Order(len(images), 128), Order(1, 128)).train_batches(0)
+    batches = memory.Reader(arrays, Order(len(images), 128), Order(1, 128)).train_batches(0)
     return round(statistics.median(measure(batches, 400 * 128) for _ in range(rounds)))
 
 

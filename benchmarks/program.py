@@ -115,6 +115,10 @@ def random_data(case: Case) -> DataSet:
         eval_batches=lambda: (random_batch(case) for _ in range(0)),
         train_preprocess=augment,
         eval_preprocess=functools.partial(normalize, mean=half, std=half),
+        mean=half,
+        std=half,
+        eval_image=lambda number: random_batch(case)["image"][number],
+        eval_name=str,
     )
 
 

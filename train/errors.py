@@ -26,3 +26,8 @@ def writing(path: pathlib.Path) -> Iterator[None]:
             f"{path} cannot be written ({error.strerror or error}); make room there or give a "
             "--workdir that can be written, and start again to go on."
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from train import data as data_lib
 from train import parallel, program
 from train.data import DataSet
+from train.data.spec import FOLDER, facts
 from train.errors import UserError
 from train.run.cache import use_compilation_cache
 from train.step import make_eval_step
@@ -74,33 +75,50 @@ def open_data(model: SavedModel, name: str | None = None, data_dir: str | None =
     Args:
       model: the model.
       name: of another data set; None for the run's.
-      data_dir: where it is; None for where the run had it, "" for TFDS's default.
+      data_dir: where it is; None for where the run had it, "" for TFDS's default. Of a folder of
+        pictures, its path.
 
     Raises:
       UserError: there is no such data set, or it does not fit the model.
     """
-    saved, size = model.metadata.data, model.image_shape[0]
-    own: dict[str, Any] = saved if name in (None, saved["name"]) else {"name": name}
-    known = data_lib.KNOWN.get(own["name"])
-    if known is not None:
-        if own is not saved and known.shape is None:
-            own["image_size"] = size
-        has = known.shape or (size, size, 3), known.num_classes
-        wants = model.image_shape, model.metadata.num_classes
-        if has != wants:
-            raise UserError(
-                f"{model.path} takes images of {wants[0]} in {wants[1]} classes, and {own['name']} "
-                f"has {has[0]} in {has[1]}; choose a data set of the same shape."
-            )
-    given = {} if data_dir is None else {"data_dir": data_dir}
+    spec = _spec(model, name or model.metadata.data["name"], data_dir)
     preprocessing = model.metadata.preprocessing.model_dump(include={"mean", "std"})
     devices = jax.device_count()
     shares = max(model.metadata.batch_size // devices, 1)
     return data_lib.load(
-        {**own, **given, **preprocessing},
+        spec | preprocessing,
         batch_size=shares * devices,
         seed=0,
     )
+
+
+def _spec(model: SavedModel, name: str, data_dir: str | None) -> dict[str, Any]:
+    """`config.data` for a model and the data set of this name.
+
+    Raises:
+      UserError: it does not fit the model.
+    """
+    saved, (height, width, channels) = model.metadata.data, model.image_shape
+    own = name == saved["name"]
+    spec: dict[str, Any] = dict(saved) if own else {"name": name}
+    if name == FOLDER:
+        if not own:
+            spec |= {"image_size": height, "grey": channels == 1}
+        place = {} if data_dir is None else {"path": data_dir}
+        return spec | {"classes": model.metadata.classes} | place
+    if data_dir is not None:
+        spec["data_dir"] = data_dir
+    known = facts(name, spec.get("data_dir"))
+    if known.shape is None and not own:
+        spec["image_size"] = height
+    has = known.shape or (height, width, len(known.mean)), known.num_classes
+    wants = model.image_shape, model.metadata.num_classes
+    if has != wants:
+        raise UserError(
+            f"{model.path} takes images of {wants[0]} in {wants[1]} classes, and {name} has "
+            f"{has[0]} in {has[1]}; choose a data set of the same shape."
+        )
+    return spec
 
 
 def main(argv: Sequence[str]) -> None:
@@ -108,7 +126,10 @@ def main(argv: Sequence[str]) -> None:
     parser = program.ArgumentParser("train.evaluate", description=__doc__)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a model.npz")
     parser.add_argument("--data", help="another data set of the same shape, by its name")
-    parser.add_argument("--data_dir", help="where the data set is, if not where the run had it")
+    parser.add_argument(
+        "--data_dir",
+        help="where the data set is, or the folder of pictures, if not where the run had it",
+    )
     parser.add_allow_import()
     arguments = parser.parse_args(argv)
     use_compilation_cache()

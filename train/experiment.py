@@ -29,7 +29,7 @@ class Experiment:
     """What a configuration means.
 
     Attributes:
-      config: the configuration.
+      config: the configuration, with what was found out about the data set.
       steps: its durations in updates.
       data: the data set, as this process sees it.
       model: the network.
@@ -72,6 +72,7 @@ def build(config: Config, data: DataSet | None = None) -> Experiment:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+    config = config.model_copy(update={"data": config.data | dict(data.found)})
     steps = config_lib.steps(config, data.num_train)
     dtype = usable_dtype(config.compute_dtype, "config.compute_dtype")
     model = models.build(

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import itertools
 import os
 import pathlib
 import sys
@@ -14,9 +15,10 @@ import requests
 import tensorflow_datasets as tfds
 
 from train import program
-from train.data.prepared import Missing, Prepared, one_line, open_prepared
-from train.data.spec import KNOWN
-from train.errors import UserError
+from train.data import tfds_facts
+from train.data.known import KNOWN, Known
+from train.data.prepared import Missing, Prepared, open_prepared
+from train.errors import UserError, one_line
 
 PREPARABLE = [name for name in KNOWN if name != "digits"]  # digits come with scikit-learn
 
@@ -34,7 +36,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Prepared:
     interrupted is not taken for a data set.
 
     Args:
-      name: one of `PREPARABLE`.
+      name: one of `PREPARABLE`, or an image classification data set of TFDS's.
       data_dir: where to, "" for TFDS's default.
       manual_dir: where ImageNet's archives are, "" for `downloads/manual` in data_dir.
 
@@ -42,13 +44,13 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Prepared:
       The data set, opened.
 
     Raises:
-      UserError: if the name is unknown; if TensorFlow, ImageNet's archives, the internet or disk
-        space is missing; or if what is there is damaged.
+      UserError: if the name is unknown or is no image classification data set; if TensorFlow,
+        files that have to be downloaded by hand, the internet or disk space is missing; or if what
+        is there is damaged.
     """
-    if name not in PREPARABLE:
-        raise UserError(f"{name!r} can't be prepared; choose one of {', '.join(PREPARABLE)}.")
+    known = _known(name, data_dir)
     try:
-        return open_prepared(name, data_dir)
+        return open_prepared(name, data_dir, known)
     except Missing:
         pass
     if importlib.util.find_spec("tensorflow") is None:
@@ -65,7 +67,10 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Prepared:
     if name == "imagenet2012":
         _check_archives(pathlib.Path(manual_dir))
     elif not from_debian:
-        _check_connection(name, next(iter(builder.url_infos)))
+        if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            _check_manual(name, builder.MANUAL_DOWNLOAD_INSTRUCTIONS, pathlib.Path(manual_dir))
+        for url in itertools.islice(builder.url_infos or (), 1):
+            _check_connection(name, url)
     import tensorflow as tf  # after the checks, as it takes seconds and prints
 
     try:
@@ -91,7 +96,19 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Prepared:
         raise UserError(
             f"{name} could not be prepared ({one_line(error)}); mend that and start again."
         ) from error
-    return open_prepared(name, data_dir)
+    return open_prepared(name, data_dir, known)
+
+
+def _known(name: str, data_dir: str) -> Known:
+    if name in PREPARABLE:
+        return KNOWN[name]
+    found = tfds_facts.find(name, data_dir)
+    if found is None:
+        raise UserError(
+            f"{name!r} can't be prepared; choose one of {', '.join(PREPARABLE)}, or another image "
+            "classification data set of TensorFlow Datasets."
+        )
+    return found
 
 
 class _DebianFiles:
@@ -120,6 +137,15 @@ def _check_archives(folder: pathlib.Path) -> None:
         )
 
 
+def _check_manual(name: str, instructions: str, folder: pathlib.Path) -> None:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(
+            f"{name} has files that you have to download, and {folder} has none: "
+            f"{' '.join(instructions.split()).rstrip('.')}; then give their directory with "
+            "--manual_dir."
+        )
+
+
 def _check_connection(name: str, url: str) -> None:
     """One quick look, as TFDS itself tries for minutes."""
     try:
@@ -135,7 +161,7 @@ def _check_connection(name: str, url: str) -> None:
 def main(argv: Sequence[str]) -> None:
     """Prepares a data set and says where it is."""
     parser = program.ArgumentParser("train.prepare", description=__doc__)
-    parser.add_argument("name", help=f"one of {', '.join(PREPARABLE)}")
+    parser.add_argument("name", help=f"one of {', '.join(PREPARABLE)}, or another of TFDS's")
     parser.add_argument("--data_dir", default="", help="where to (default: TFDS's)")
     parser.add_argument(
         "--manual_dir",

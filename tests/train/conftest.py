@@ -136,6 +136,9 @@ VERSIONS = {
     "fashion_mnist": "3.0.1",
     "cifar10": "3.0.2",
     "cifar100": "3.0.2",
+    "emnist/letters": "3.1.0",
+    "oxford_flowers102": "2.1.1",
+    "eurosat/rgb": "2.0.0",
 }
 
 Example = dict[str, bytes | int]
@@ -168,10 +171,11 @@ def write_prepared() -> Callable[..., pathlib.Path]:
     def write(data_dir: pathlib.Path, name: str, splits: dict[str, list[Example]]) -> pathlib.Path:
         directory = data_dir / name / VERSIONS[name]
         directory.mkdir(parents=True)
+        builder = name.split("/")[0]
         for split, examples in splits.items():
-            _write_records(directory / f"{name}-{split}.array_record-00000-of-00001", examples)
+            _write_records(directory / f"{builder}-{split}.array_record-00000-of-00001", examples)
         info = {
-            "name": name,
+            "name": builder,
             "version": VERSIONS[name],
             "fileFormat": "array_record",
             "splits": [

@@ -9,10 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import feather_jax as feather
 from train import evaluate, program
-from train.data import decoded, digits, spec
+from train.data import digits, spec
 from train.store import model_file
 
 
@@ -52,32 +53,31 @@ def test_the_accuracy_is_that_of_the_files_own_weights(finished_run, model):
     assert summary["eval/accuracy"] > 0.3
 
 
-def test_another_data_set_of_the_same_shape(model, monkeypatch, capsys):
-    """Digits by another name, their labels moved by one, so that the accuracy is known."""
+def test_another_data_set_of_the_same_shape(model, monkeypatch, capsys, tmp_path):
+    """Digits as a folder of pictures, their labels moved by one, so that the accuracy is known."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     arrays = digits.load()
-    moved = dataclasses.replace(arrays, eval_labels=(arrays.eval_labels + 1) % 10)
-    opened = []
-
-    def load(*arguments: object) -> object:
-        opened.append(arguments)
-        return moved
-
-    monkeypatch.setitem(spec.KNOWN, "moved", spec.Known((8, 8, 1), 10, (0.5,), (0.5,)))
-    monkeypatch.setitem(spec.KNOWN, "coloured", spec.Known((8, 8, 3), 10, (0.5,), (0.5,)))
-    monkeypatch.setitem(spec.KNOWN, "few", spec.Known((8, 8, 1), 3, (0.5,), (0.5,)))
-    monkeypatch.setattr(decoded, "load", load)
+    moved = (arrays.eval_labels + 1) % 10
+    for i, (image, label) in enumerate(zip(arrays.eval_images, moved, strict=True)):
+        for split in ("train", "eval"):
+            path = tmp_path / "moved" / split / str(label) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(path)
     saved = model_file.load(model)
     logits = np.asarray(saved.logits(saved.variables, arrays.eval_images))
-    expected = float((np.argmax(logits, -1) == moved.eval_labels).mean())
+    expected = float((np.argmax(logits, -1) == moved).mean())
 
-    assert status("--model", model, "--data", "moved", "--data_dir", "/there") == 0
+    assert status("--model", model, "--data", "folder", "--data_dir", tmp_path / "moved") == 0
     assert f"eval/accuracy {expected!r}\n" in capsys.readouterr().out
-    assert opened == [("moved", (8, 8, 1), "/there")]
+    monkeypatch.setitem(spec.KNOWN, "coloured", spec.Known((8, 8, 3), 10, (0.5,) * 3, (0.5,) * 3))
+    monkeypatch.setitem(spec.KNOWN, "few", spec.Known((8, 8, 1), 3, (0.5,), (0.5,)))
     for name in ("coloured", "few"):
         assert status("--model", model, "--data", name) == 2
         assert "choose a data set of the same shape" in capsys.readouterr().err
     assert status("--model", model, "--data", "nothing") == 2
     assert "'nothing'" in capsys.readouterr().err
+    assert status("--model", model, "--data", "folder") == 2
+    assert "lacks the field 'path'" in capsys.readouterr().err
 
 
 def changed(model: pathlib.Path, path: pathlib.Path, metadata: dict) -> pathlib.Path:

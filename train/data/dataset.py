@@ -1,7 +1,8 @@
 """What the training program knows of a data set: sizes, batches, preprocessing on the device."""
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
@@ -32,7 +33,13 @@ class DataSet:
       train_preprocess: images and one PRNG key an example to augmented, normalised float32 images;
         for use inside the jitted step.
       eval_preprocess: images to normalised float32 images.
+      mean: that the preprocessing subtracts, by channel, of pixels in [0, 1].
+      std: that it divides by, likewise.
+      eval_image: an evaluation example by its number: uint8 [h, w, c].
+      eval_name: what people call it: a folder's picture by its path, another by its number.
       classes: the names of the classes in the order of the labels, or ().
+      found: what was found out about the data set, as fields of `config.data`.
+      notes: what people should know about it, a sentence each.
     """
 
     name: str
@@ -44,4 +51,10 @@ class DataSet:
     eval_batches: Callable[[], Generator[Batch, None, None]]
     train_preprocess: Callable[[UInt8[Array, "b h w c"], Key[Array, " b"]], Float[Array, "b h w c"]]
     eval_preprocess: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eval_image: Callable[[int], UInt8[np.ndarray, "h w c"]]
+    eval_name: Callable[[int], str]
     classes: tuple[str, ...] = ()
+    found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()

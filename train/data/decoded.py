@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import pathlib
 
 import cv2
@@ -11,12 +10,12 @@ from jaxtyping import Int32, UInt8
 
 from train.data import kept
 from train.data.memory import Arrays
-from train.data.prepared import Records, open_prepared
+from train.data.prepared import Prepared, Records
 
 _CHUNK = 1024  # TFDS reads many records at once three times as fast as one by one
 
 
-def load(name: str, shape: tuple[int, int, int], data_dir: str) -> Arrays:
+def load(prepared: Prepared, shape: tuple[int, int, int]) -> Arrays:
     """The whole of a data set that `train.prepare` wrote.
 
     The first call decodes it, which takes seconds, and keeps the arrays in the user's cache
@@ -25,17 +24,16 @@ def load(name: str, shape: tuple[int, int, int], data_dir: str) -> Arrays:
     written is no error.
 
     Args:
-      name: a key of `KNOWN`.
+      prepared: the data set.
       shape: (height, width, channels) of its images.
-      data_dir: the directory that was given to `train.prepare`, "" for TFDS's default.
 
     Raises:
-      UserError: if the data set is not there, or a record is damaged, of another shape or of a
-        class that the data set does not have.
+      UserError: if a record is damaged, of another shape or of a class that the data set does not
+        have.
     """
-    prepared = open_prepared(name, data_dir)
     directory = pathlib.Path(prepared.directory)
-    path = kept.place(name, os.path.realpath(directory))
+    splits = [prepared.train.where, prepared.evaluation.where]
+    path = kept.place(prepared.name.replace("/", "-"), "\0".join(splits))
     made_of = np.array(_fingerprint(directory))
     arrays = kept.read(path)
     if arrays.get("made_of") != made_of:

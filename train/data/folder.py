@@ -49,6 +49,10 @@ class Pictures:
             raise self.error(number, f"can't be read ({error.strerror or error})") from error
         return {"image": content, "label": int(self.labels[number])}
 
+    def name(self, number: int) -> str:
+        """What people call a picture: its path below the folder."""
+        return self.paths[number]
+
     def error(self, number: int, complaint: str) -> UserError:
         """What to raise about a picture."""
         return UserError(

@@ -1,18 +1,14 @@
-"""Data sets that fit in memory: arrays, gathered into batches by NumPy, augmented on the device."""
+"""Data sets that fit in memory: arrays, gathered into batches by NumPy."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Generator
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from train.data import augment
-from train.data.augment import Augmentation
-from train.data.dataset import Batch, DataSet
+from train.data.dataset import Batch
 from train.data.order import Order
-from train.data.spec import KNOWN, InMemory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,44 +21,60 @@ class Arrays:
     eval_labels: Int32[np.ndarray, " m"]
     classes: tuple[str, ...] = ()
 
+    @property
+    def num_train(self) -> int:
+        """Training examples."""
+        return len(self.train_labels)
 
-def data_set(spec: InMemory, arrays: Arrays, train_order: Order, eval_order: Order) -> DataSet:
+    @property
+    def num_eval(self) -> int:
+        """Evaluation examples."""
+        return len(self.eval_labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
     """Batches of `arrays` in the given orders."""
-    return DataSet(
-        name=spec.name,
-        image_shape=arrays.train_images.shape[1:],
-        num_classes=KNOWN[spec.name].num_classes,
-        num_train=len(arrays.train_images),
-        num_eval=len(arrays.eval_images),
-        train_batches=functools.partial(_train_batches, arrays, train_order),
-        eval_batches=functools.partial(_eval_batches, arrays, eval_order),
-        train_preprocess=functools.partial(
-            augment.augment_and_normalize,
-            mean=spec.mean,
-            std=spec.std,
-            augmentation=Augmentation(crop_padding=spec.crop_padding, flip=spec.flip),
-        ),
-        eval_preprocess=functools.partial(augment.normalize, mean=spec.mean, std=spec.std),
-        classes=arrays.classes,
-    )
 
+    arrays: Arrays
+    train_order: Order
+    eval_order: Order
 
-def _train_batches(arrays: Arrays, order: Order, step: int) -> Generator[Batch, None, None]:
-    positions = order.positions()
-    for k in itertools.count(step):
-        examples = order.train_examples(k)
-        yield {
-            "image": arrays.train_images[examples],
-            "label": arrays.train_labels[examples],
-            "index": positions,
-        }
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        height, width, channels = self.arrays.train_images.shape[1:]
+        return height, width, channels
 
+    def train_batches(self, step: int) -> Generator[Batch, None, None]:
+        """As `DataSet.train_batches`."""
+        positions = self.train_order.positions()
+        for k in itertools.count(step):
+            examples = self.train_order.train_examples(k)
+            yield {
+                "image": self.arrays.train_images[examples],
+                "label": self.arrays.train_labels[examples],
+                "index": positions,
+            }
 
-def _eval_batches(arrays: Arrays, order: Order) -> Generator[Batch, None, None]:
-    for k in range(order.eval_steps):
-        examples, mask = order.eval_examples(k)
-        yield {
-            "image": arrays.eval_images[examples],
-            "label": arrays.eval_labels[examples],
-            "mask": mask,
-        }
+    def eval_batches(self) -> Generator[Batch, None, None]:
+        """As `DataSet.eval_batches`."""
+        for k in range(self.eval_order.eval_steps):
+            examples, mask = self.eval_order.eval_examples(k)
+            yield {
+                "image": self.arrays.eval_images[examples],
+                "label": self.arrays.eval_labels[examples],
+                "mask": mask,
+            }
+
+    def train_image(self, number: int) -> UInt8[np.ndarray, "h w c"]:
+        """A training image as evaluation would have it."""
+        return self.arrays.train_images[number]
+
+    def eval_image(self, number: int) -> UInt8[np.ndarray, "h w c"]:
+        """An evaluation image."""
+        return self.arrays.eval_images[number]
+
+    def eval_name(self, number: int) -> str:
+        """What people call an evaluation image."""
+        return f"number {number}"

@@ -75,12 +75,13 @@ def random_box(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def center_box(height: int, width: int) -> Box:
-    """The central square of 7/8 of the shorter side.
+def center_box(height: int, width: int, part: float) -> Box:
+    """The central square whose side is a part of the shorter side.
 
-    Resized to 224, it is what resizing the shorter side to 256 and cropping 224 gives.
+    With 0.875 and resized to 224, it is what resizing the shorter side to 256 and cropping 224
+    gives.
     """
-    side = max(1, round(min(height, width) * 224 / 256))
+    side = max(1, round(min(height, width) * part))
     return Box((height - side) // 2, (width - side) // 2, side, side)
 
 

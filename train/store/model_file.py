@@ -17,7 +17,7 @@ from feather_jax.masks import is_floating, path_name
 from feather_jax.summary import Summary
 from train import models
 from train.config import Dtype, Named
-from train.data import augment, spec
+from train.data import augment
 from train.data.spec import Mean, Std
 from train.errors import UserError, writing
 from train.experiment import Experiment, initial_variables, usable_dtype
@@ -135,13 +135,13 @@ def save(
       StorageError: it cannot be written.
     """
     config, data = built.config, built.data
-    parsed, devices = spec.parse(config.data), jax.devices()
+    devices = jax.devices()
     several = f"{len(devices)} x " if len(devices) > 1 else ""
     metadata = Metadata(
         model=config.model,
         num_classes=data.num_classes,
         compute_dtype=config.compute_dtype,
-        preprocessing=Preprocessing(image_shape=data.image_shape, mean=parsed.mean, std=parsed.std),
+        preprocessing=Preprocessing(image_shape=data.image_shape, mean=data.mean, std=data.std),
         data={k: v for k, v in config.data.items() if k not in ("mean", "std")},
         classes=list(data.classes),
         batch_size=config.batch_size,

@@ -251,7 +251,15 @@ def test_an_image_too_narrow_for_any_box_gives_its_centre(shape, box):
     ],
 )
 def test_evaluation_takes_the_centre(shape, box):
-    assert photographs.center_box(*shape) == box
+    assert photographs.center_box(*shape, 0.875) == box
+
+
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_the_whole_centre_is_the_shorter_side(height, width):
+    box = photographs.center_box(height, width, 1.0)
+    assert box.height == box.width == min(height, width)
+    assert abs(2 * box.top + box.height - height) <= 1
+    assert abs(2 * box.left + box.width - width) <= 1
 
 
 def test_random_numbers_are_keyed_by_seed_step_and_index():

@@ -18,8 +18,8 @@ IMAGENET = {"name": "imagenet2012", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0
         (DIGITS | {"crop": 4}, "data.crop is not a field of digits; .*crop_padding"),
         (DIGITS | {"workers": 4}, "data.workers is not a field of digits; .*crop_padding"),
         (
-            IMAGENET | {"crop_padding": 4},
-            "crop_padding is not a field of imagenet2012",
+            IMAGENET | {"eval_fraction": 0.1},
+            "eval_fraction is not a field of imagenet2012",
         ),
         (
             DIGITS | {"mean": (0.3, 0.3, 0.3)},
@@ -36,7 +36,10 @@ IMAGENET = {"name": "imagenet2012", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0
         ),
         (DIGITS | {"crop_padding": 1.0}, "data.crop_padding is 1.0"),
         (DIGITS | {"crop_padding": -1}, "data.crop_padding is -1"),
-        (DIGITS | {"crop_padding": 9}, "data.crop_padding is 9; images of digits are only 8x8"),
+        (
+            DIGITS | {"crop_padding": 9},
+            "data.crop_padding is 9; images of digits are only 8 pixels",
+        ),
         (DIGITS | {"flip": 1}, "data.flip is 1, .*must be a valid boolean"),
         (DIGITS | {"data_dir": None}, "data.data_dir is None, .*must be a valid string"),
         (IMAGENET | {"image_size": 0}, "data.image_size is 0"),

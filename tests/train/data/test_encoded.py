@@ -1,5 +1,6 @@
-"""ImageNet's batches: the same from any number of processes, workers and interruptions."""
+"""Photographs' batches: the same from any number of processes, workers and interruptions."""
 
+import io
 import os
 import pathlib
 import resource
@@ -9,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from train import data
 from train.errors import UserError
@@ -199,3 +201,140 @@ def test_memory_that_cannot_be_shared_is_one_sentence(small_imagenet):
 def test_missing_imagenet_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r"`python -m train.prepare imagenet2012 --data_dir .*`"):
         load(tmp_path)
+
+
+PETS = {"name": "folder", "image_size": 8, "eval_fraction": 0.3}
+
+
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """A folder of 60 pictures of 8x8 in two classes, and their pixels by path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng, shown = np.random.default_rng(0), {}
+    for i in range(60):
+        path = f"{('cats', 'dogs')[i % 2]}/{i:02}.png"
+        shown[path] = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        (tmp_path / "pets" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / path).write_bytes(png(shown[path]))
+    return tmp_path / "pets", shown
+
+
+def load_pets(folder, batch_size=6, **fields):
+    return data.load(PETS | {"path": str(folder)} | fields, batch_size=batch_size, seed=3)
+
+
+def evaluated(data_set):
+    """(images, labels) of the evaluation split, padding left out."""
+    batches = list(data_set.eval_batches())
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    return [np.concatenate([batch[k] for batch in batches])[mask] for k in ("image", "label")]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_folder_is_read_as_its_pictures_are(pets, workers):
+    """Of the size that is wanted and without augmentation, they are what was written."""
+    folder, shown = pets
+    data_set = load_pets(folder, workers=workers)
+    assert (data_set.classes, data_set.num_classes) == (("cats", "dogs"), 2)
+    assert data_set.found == {"classes": ["cats", "dogs"]}
+    assert data_set.num_train + data_set.num_eval == 60
+    names = [data_set.eval_name(i) for i in range(data_set.num_eval)]
+    images, labels = evaluated(data_set)
+    np.testing.assert_array_equal(images, [shown[name] for name in names])
+    assert labels.tolist() == [int(name.startswith("dogs")) for name in names]
+    np.testing.assert_array_equal(data_set.eval_image(4), shown[names[4]])
+    per_epoch = data_set.num_train // 6
+    epoch = np.concatenate([b["image"] for b in take(data_set.train_batches(0), per_epoch)])
+    left = {image.tobytes() for path, image in shown.items() if path not in names}
+    taken = [image.tobytes() for image in epoch]
+    assert len(set(taken)) == len(taken)
+    assert set(taken) <= left
+
+
+def test_grey_has_one_channel(pets):
+    folder, shown = pets
+    data_set = load_pets(folder, grey=True)
+    assert data_set.image_shape == (8, 8, 1)
+    assert data_set.mean == (0.449,)
+    grey = shown[data_set.eval_name(0)] @ [0.299, 0.587, 0.114]
+    assert np.abs(data_set.eval_image(0)[..., 0] - grey).max() <= 1
+
+
+def test_mean_and_deviation_can_be_computed(pets):
+    """Of the training pictures, as the network sees them; one of the two may be given."""
+    folder, shown = pets
+    data_set = load_pets(folder, mean="computed", std="computed")
+    held_out = {data_set.eval_name(i) for i in range(data_set.num_eval)}
+    pixels = np.stack([image for path, image in shown.items() if path not in held_out]) / 255
+    assert data_set.mean == pytest.approx(pixels.mean((0, 1, 2)), abs=5.1e-5)
+    assert data_set.std == pytest.approx(pixels.std((0, 1, 2)), abs=5.1e-5)
+    assert data_set.found["mean"] == list(data_set.mean)
+    images = evaluated(data_set)[0]
+    expected = (images / 255 - data_set.mean) / data_set.std
+    np.testing.assert_allclose(data_set.eval_preprocess(images), expected, atol=1e-5)
+    half = load_pets(folder, mean="computed", std=[0.5] * 3)
+    assert (half.mean, half.std) == (data_set.mean, (0.5, 0.5, 0.5))
+    assert half.found.keys() == {"classes", "mean"}
+
+
+def test_photographs_of_a_folder_are_turned_upright(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stored, exif = np.zeros((40, 40, 3), np.uint8), Image.Exif()
+    stored[:20] = 255  # bright above, which is to the right when turned
+    exif[0x0112] = 6
+    for name in ("a", "b"):
+        for i in range(20):
+            path = tmp_path / "folder" / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(stored).save(path, exif=exif, quality=95)
+    image = load_pets(tmp_path / "folder").eval_image(0)
+    assert image[:, 5:].min() > 240
+    assert image[:, :3].max() < 15
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_damaged_pictures_are_a_sentence_or_passed_over(pets, workers):
+    folder, shown = pets
+    whole = load_pets(folder)
+    names = [whole.eval_name(i) for i in range(whole.num_eval)]
+    damaged = names[1], next(path for path in shown if path not in names)
+    for path in damaged:
+        (folder / path).write_bytes((folder / path).read_bytes()[:80])
+    with pytest.raises(UserError, match=rf"{damaged[0]} is damaged \(.*skip_damaged=True"):
+        list(load_pets(folder, workers=workers).eval_batches())
+    data_set = load_pets(folder, skip_damaged=True, workers=workers)
+    images, _ = evaluated(data_set)
+    kept = [name for name in names if name != damaged[0]]
+    np.testing.assert_array_equal(images, [shown[name] for name in kept])
+    epoch = take(data_set.train_batches(0), data_set.num_train // 6)
+    taken = {image.tobytes() for batch in epoch for image in batch["image"]}
+    assert taken <= {shown[path].tobytes() for path in shown if path not in {*names, damaged[1]}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, "config.data lacks the field 'path'"),
+        ({"path": 3}, "data.path is 3, of type int"),
+        ({"path": "x", "eval_fraction": 1.0}, "data.eval_fraction is 1.0"),
+        ({"path": "x", "classes": "cats"}, "must be a tuple of names of subfolders"),
+        ({"path": "x", "mean": "mine"}, "one a channel, or 'computed'"),
+        ({"path": "x", "grey": True, "mean": (0.1, 0.2, 0.3)}, r"has 1 channel\(s\)"),
+        ({"path": "x", "grey": True, "color_jitter": (0, 0, 0, 0.1)}, "make the last two 0"),
+        ({"path": "x", "color_jitter": (0, 0, 0, 0.6)}, "three numbers in .* and one in"),
+        ({"path": "x", "crop_padding": 300}, "are only 224 pixels"),
+        ({"path": "x", "data_dir": "y"}, "data_dir is not a field of folder"),
+        ({"path": "/nowhere"}, "there is no folder"),
+    ],
+)
+def test_a_wrong_folder_is_one_sentence(fields, says):
+    with pytest.raises(UserError, match=says) as error:
+        data.load({"name": "folder"} | fields, batch_size=2, seed=0)
+    assert str(error.value).endswith(".")
+    assert "\n" not in str(error.value)
