@@ -1,5 +1,9 @@
-"""Feather inside a Linen model: a layer whose kernels are thresholded where it is called."""
+"""Feather inside a Linen model: a layer whose kernels are thresholded where it is used."""
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,20 +20,22 @@ def thresholded(
     p: float = 3.0,
     prunable: Mask | None = None,
 ) -> Any:
-    """A Linen module class that uses its parameters through `sparsify`.
+    """A Linen module class that uses its parameters through `sparsify`, whatever method is called.
 
     The parameters themselves stay dense and keep the module's own names and shapes: `init` gives
     those of `module`, an optimiser trains them straight through, and a checkpoint does not know
     the difference.
 
     Args:
-      module: a Linen module class, such as `nn.Dense` or a whole network, used by calling it.
+      module: a Linen module class, such as `nn.Dense` or a whole network.
       threshold: as for `sparsify`, with respect to the module's own parameters.
       p: the exponent of `threshold_operator`.
       prunable: which of the module's parameters are thresholded; `prunable_weights` by default.
 
     Returns:
-      A subclass of `module` with its name, to be constructed like it.
+      A subclass of `module` with its name, to be constructed like it. Its methods raise ValueError
+      where nothing is prunable. (`apply(..., method="encode")` calls its own `encode`;
+      `method=Module.encode` names that of `module`, which is dense.)
 
     Example:
       >>> import flax.linen as nn
@@ -42,17 +48,38 @@ def thresholded(
     """
 
     def sparse(collections: dict[str, PyTree]) -> dict[str, PyTree]:
-        return {
-            name: sparsify(params, threshold, p=p, prunable=prunable)
-            for name, params in collections.items()
-        }
+        params = collections.get("params", {})  # without any, sparsify says so
+        return {"params": sparsify(params, threshold, p=p, prunable=prunable)}
 
-    class Thresholded(module):  # type: ignore[misc, valid-type]
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if self.is_initializing():  # what is initialised is stored, and stays dense
-                return super().__call__(*args, **kwargs)
-            call = nn.map_variables(module.__call__, "params", trans_in_fn=sparse)
-            return call(self, *args, **kwargs)
+    def through_sparsify(method: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            object.__setattr__(self, "_is_sparse", True)  # of the copy that has sparse parameters
+            return method(self, *args, **kwargs)
 
-    Thresholded.__name__ = module.__name__  # Flax names the parameters of Dense "Dense_0"
-    return Thresholded
+        @functools.wraps(method)
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # What is initialised is stored, and stays dense.
+            if self.is_initializing() or getattr(self, "_is_sparse", False):
+                return method(self, *args, **kwargs)
+            return nn.map_variables(inside, "params", trans_in_fn=sparse)(self, *args, **kwargs)
+
+        return call
+
+    methods = {name: through_sparsify(method) for name, method in _methods(module).items()}
+    # Flax names the parameters of Dense "Dense_0".
+    return type(module.__name__, (module,), {"__module__": module.__module__, **methods})
+
+
+def _methods(module: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The methods that a module and its bases define for their users, by name."""
+    fields = {field.name for field in dataclasses.fields(module)}
+    own = [base for base in module.__mro__ if base not in nn.Module.__mro__]
+    return {
+        name: getattr(module, name)
+        for base in own
+        for name, value in vars(base).items()
+        if inspect.isfunction(value)
+        and name not in fields
+        and name != "setup"
+        and (name == "__call__" or not name.startswith("_"))
+    }

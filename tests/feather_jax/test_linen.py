@@ -176,3 +176,99 @@ def test_under_scan_and_remat():
         )
     )()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), actual, expected)
+
+
+class Autoencoder(nn.Module):
+    """A module of many methods, each of which may call another, a private one and a plain one."""
+
+    scale: float = 1.0
+    activation: object = staticmethod(nn.relu)
+
+    def setup(self):
+        self.encoder, self.decoder = nn.Dense(5), nn.Dense(6)
+
+    def encode(self, x):
+        return self.activation(self._encoded(x))
+
+    def _encoded(self, x):
+        return self.encoder(x)
+
+    def decode(self, code, *, scale=1.0):
+        return scale * self.decoder(code)
+
+    def __call__(self, x):
+        return self.decode(self.encode(x), scale=self.scale)
+
+    @nn.nowrap
+    def name_of(self):
+        return "autoencoder"
+
+
+class Parted(Autoencoder):
+    """Inherits its methods, and adds one."""
+
+    def ends(self, x):
+        return self(x), self.encode(x)
+
+
+@pytest.mark.parametrize("module", [Autoencoder, Parted])
+def test_every_method_is_sparse_and_sparsified_once(module):
+    x, code = inputs()[0], inputs()[0, :, :5]
+    variables = module().init(RNGS, x)
+    sparse = {"params": sparsify(variables["params"], T)}
+    assert_trees_equal(
+        thresholded(module, T)().init(RNGS, x, method="encode"),
+        module().init(RNGS, x, method="encode"),
+    )
+    calls = [("__call__", (x,), {}), ("encode", (x,), {}), ("decode", (code,), {"scale": 2.0})]
+    if module is Parted:
+        calls.append(("ends", (x,), {}))
+    for method, args, kwargs in calls:
+        value = thresholded(module, T)().apply(variables, *args, method=method, **kwargs)
+        expected = module().apply(sparse, *args, method=method, **kwargs)
+        dense = module().apply(variables, *args, method=method, **kwargs)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), value, expected)
+        assert not np.allclose(jax.tree.leaves(value)[0], jax.tree.leaves(dense)[0], atol=0.01)
+    bound = thresholded(module, T)(scale=3.0).bind(variables)
+    expected = module(scale=3.0).apply(sparse, x)
+    np.testing.assert_allclose(bound(x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        bound.decode(bound.encode(x), scale=3.0), expected, rtol=1e-5, atol=1e-6
+    )
+    assert bound.name_of() == "autoencoder"
+
+
+def test_the_methods_of_a_submodule_are_sparse():
+    class Inside(nn.Module):
+        layer: object
+
+        def setup(self):
+            self.auto = self.layer(Autoencoder)()
+
+        def __call__(self, x):
+            return self.auto.decode(self.auto.encode(x))
+
+    x = inputs()[0]
+    plain, wrapped = Inside(lambda module: module), Inside(lambda module: thresholded(module, T))
+    variables = plain.init(RNGS, x)
+    assert_trees_equal(wrapped.init(RNGS, x), variables)
+    expected = plain.apply({"params": sparsify(variables["params"], T)}, x)
+    np.testing.assert_allclose(wrapped.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_without_a_kernel_is_an_error():
+    class Custom(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", nn.initializers.lecun_normal(), (6, 4))
+
+    x = inputs()[0]
+    for module, argument in ((Custom(), x), (nn.Embed(5, 4), jnp.arange(3)), (nn.LayerNorm(), x)):
+        variables = module.init(RNGS, argument)
+        fields = {"num_embeddings": 5, "features": 4} if isinstance(module, nn.Embed) else {}
+        with pytest.raises(ValueError, match="no prunable weight"):
+            thresholded(type(module), T)(**fields).apply(variables, argument)
+    with pytest.raises(ValueError, match="no prunable weight"):
+        thresholded(nn.Dropout, T)(0.5, deterministic=True).apply({}, x)
+    everything = thresholded(Custom, 1e9, prunable=lambda params: {"w": True})()
+    assert jnp.all(everything.apply(Custom().init(RNGS, x), x) == 0)

@@ -358,3 +358,126 @@ def test_around_lbfgs_the_line_search_sees_sparse_weights():
     # What the line search has found is the loss of sparse weights, at the threshold of its step.
     assert abs(optax.tree.get(state.inner, "value") - loss_fn(params)) < 0.1
     assert abs(optax.tree.get(state.inner, "value") - loss_fn(dense)) > 0.1
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("dense_dtype", [None, jnp.float32])
+def test_bfloat16_parameters(dense_dtype):
+    """Updates of a 400th of a weight are lost in its 8 bits; the ones in float32 add up."""
+    rng = np.random.default_rng(1)
+    params = {"kernel": jnp.asarray(rng.uniform(1, 2, size=(8, 32)), jnp.bfloat16)}
+    grads = {"kernel": jnp.ones((8, 32), jnp.bfloat16)}
+    prune = Feather(0.75, end_step=0, p=jnp.inf, select=by_sorting)
+    tx = prune.wrap(optax.sgd(1e-3), dense_dtype=dense_dtype)
+    after, state = params, tx.init(params)
+    assert state.dense["kernel"].dtype == (dense_dtype or jnp.bfloat16)
+    for _ in range(100):
+        updates, state = tx.update(grads, state, after)
+        assert updates["kernel"].dtype == jnp.bfloat16
+        after = optax.apply_updates(after, updates)
+    moved = np.asarray(params["kernel"], np.float32) - np.asarray(state.dense["kernel"], np.float32)
+    np.testing.assert_allclose(moved, 0 if dense_dtype is None else 0.1, atol=1e-5)
+    assert after["kernel"].dtype == jnp.bfloat16
+    final = prune.finalize(state.dense)["kernel"]
+    np.testing.assert_array_equal(after["kernel"] == 0, final == 0)
+    if dense_dtype is not None:
+        assert int(jnp.sum(after["kernel"] == 0)) == pytest.approx(192, abs=3)  # few ties are left
+    np.testing.assert_allclose(
+        np.asarray(after["kernel"], np.float32), np.asarray(final, np.float32), rtol=2**-7
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_difference_never_makes_a_zero_nor_loses_one(dtype):
+    """Of any parameters from outside: large ones, beside which what they become is nothing."""
+    rng = np.random.default_rng(2)
+    dense = np.exp(rng.uniform(-8, 0, size=(64, 64))) * rng.choice([-1, 1], (64, 64))
+    dense = {"kernel": jnp.asarray(dense, dtype)}
+    outside = {"kernel": jnp.asarray(rng.normal(size=(64, 64)) * 100, dtype)}
+    prune = Feather(0.5, end_step=0, p=1.0)
+    tx = prune.wrap(optax.set_to_zero())
+    updates, state = tx.update(dense, tx.init(dense), outside)
+    params = optax.apply_updates(outside, updates)["kernel"]
+    final = prune.finalize(dense)["kernel"]
+    np.testing.assert_array_equal(params == 0, final == 0)
+    # The next update, from there, is as near as the smaller numbers allow.
+    updates, _ = tx.update(dense, state, {"kernel": params})
+    again = optax.apply_updates({"kernel": params}, updates)["kernel"]
+    np.testing.assert_array_equal(again == 0, final == 0)
+    for before, after in ((outside["kernel"], params), (params, again)):
+        before, after, exact = (np.abs(np.asarray(x, float)) for x in (before, after, final))
+        unit = float(jnp.finfo(dtype).eps) * np.maximum(before, exact)
+        assert np.all(np.abs(after - exact) <= 2 * unit)
+
+
+def test_parameters_from_outside_are_overwritten():
+    tx = PRUNE.wrap(SGD)
+    params, state, _ = train(tx)
+    grads = jax.grad(loss_fn)(params)
+    expected = optax.apply_updates(params, tx.update(grads, state, params)[0])
+    outside = jax.tree.map(lambda leaf: leaf + 0.25, params)
+    updates, _ = tx.update(grads, state, outside)
+    assert_close(optax.apply_updates(outside, updates), expected)
+
+
+def test_where_sparsity_begins_above_zero_the_first_parameters_are_dense():
+    prune = Feather(0.75, end_step=0, select=by_sorting)
+    tx = prune.wrap(optax.set_to_zero())
+    state = tx.init(PARAMS)
+    assert state.threshold > 0
+    assert zeros(PARAMS) == 0
+    updates, state = tx.update(PARAMS, state, PARAMS)
+    assert zeros(optax.apply_updates(PARAMS, updates)) == ZEROS
+    # Whoever wants them sparse from the start has what it takes.
+    assert zeros(prune.sparsify(PARAMS, state.threshold)) == ZEROS
+
+
+def test_a_state_and_parameters_resume_a_run():
+    tx = PRUNE.wrap(optax.adam(0.03))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(5):
+        params, state = step(params, state)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((params, state))]
+    template = jax.eval_shape(lambda: (PARAMS, tx.init(PARAMS)))
+    restored = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    for _ in range(5):
+        (params, state), restored = step(params, state), step(*restored)
+    assert_close(restored, (params, state), rtol=0, atol=0)
+
+
+def test_strict_promotion_nan_checks_and_leak_checks():
+    tx = Feather(SPARSITY, end_step=END_STEP).wrap(
+        optax.sgd(0.03, momentum=0.9), dense_dtype=jnp.float32
+    )
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.debug_nans(True),
+        jax.checking_leaks(),
+    ):
+        for start in (PARAMS, half):
+            grads = jax.tree.map(jnp.ones_like, start)
+            state = jax.jit(tx.init)(start)
+            updates, state = jax.jit(tx.update)(grads, state, start)
+            updates, state = jax.jit(tx.update)(grads, state, start)
+            assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {
+                start["output"]["bias"].dtype
+            }
+
+
+def test_errors():
+    tx = PRUNE.wrap(SGD)
+    with pytest.raises(ValueError, match=r"pass them, as in tx.update\(grads, state, params\)"):
+        tx.update(PARAMS, tx.init(PARAMS))
+    with pytest.raises(ValueError, match=r"no prunable weight among the parameters \(w\)"):
+        tx.init({"w": jnp.ones((3, 3))})
+    with pytest.raises(ValueError, match=r"\(one without a name\).*path_mask"):
+        optax.flatten(PRUNE.wrap(SGD)).init(PARAMS)

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from feather_jax import Feather, path_mask
 from feather_jax.masks import path_name, prunable_leaves
@@ -204,3 +207,122 @@ def test_haiku():
     for _ in range(STEPS):
         params, opt_state, _ = train_step(params, opt_state)
     assert_finalized(params, opt_state, prune)
+
+
+# ---- JAX's own ways to run a step ----
+
+PLAIN = {"kernel": RNG.normal(size=(8, 24)).astype(np.float32), "bias": np.zeros(24, np.float32)}
+TARGET = RNG.normal(size=(32, 24)).astype(np.float32)
+
+
+def mean_squared(params, x=X, y=TARGET):
+    return jnp.mean((jnp.tanh(x @ params["kernel"] + params["bias"]) - y) ** 2)
+
+
+def plain_step(tx, axis_name=None):
+    def step(params, opt_state, x=X, y=TARGET):
+        grads = jax.grad(mean_squared)(params, x, y)
+        if axis_name:
+            grads = jax.lax.pmean(grads, axis_name)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Eight steps on one device, in float32."""
+    tx = PRUNE.wrap(optax.adam(0.01))
+    step = jax.jit(plain_step(tx))
+    params, opt_state = PLAIN, tx.init(PLAIN)
+    for _ in range(STEPS):
+        params, opt_state = step(params, opt_state)
+    assert_finalized(params, opt_state)
+    return params
+
+
+def assert_same(params, expected):
+    for name in expected:
+        actual = np.asarray(jax.device_get(params[name]))
+        np.testing.assert_array_equal(actual == 0, np.asarray(expected[name]) == 0)
+        np.testing.assert_allclose(actual, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_donation_of_parameters_and_state(expected):
+    """The state holds no buffer of the parameters, whether `init` is compiled or not."""
+    tx = PRUNE.wrap(optax.adam(0.01))
+    step = jax.jit(plain_step(tx), donate_argnums=(0, 1))
+    for init in (tx.init, jax.jit(tx.init)):
+        params = jax.tree.map(jnp.array, PLAIN)
+        opt_state = init(params)
+        for _ in range(STEPS):
+            params, opt_state = step(params, opt_state)
+        assert_same(params, expected)
+
+
+def test_pmap(expected):
+    tx = PRUNE.wrap(optax.adam(0.01))
+    step = jax.pmap(
+        plain_step(tx, "batch"), axis_name="batch", in_axes=(None, None, 0, 0), out_axes=None
+    )
+    params, opt_state = PLAIN, tx.init(PLAIN)
+    for _ in range(STEPS):
+        shards = [batch.reshape(8, 4, -1) for batch in (X, TARGET)]
+        params, opt_state = step(params, opt_state, *shards)
+    assert_same(params, expected)
+
+
+def test_vmap_over_an_ensemble(expected):
+    tx = PRUNE.wrap(optax.adam(0.01))
+    scales = jnp.array([1.0, 0.5])[:, None, None]
+    params = {"kernel": PLAIN["kernel"] * scales, "bias": jnp.zeros((2, 24))}
+    opt_state = jax.vmap(tx.init)(params)
+    step = jax.jit(jax.vmap(plain_step(tx)))
+    for _ in range(STEPS):
+        params, opt_state = step(params, opt_state)
+    assert_same(jax.tree.map(lambda leaf: leaf[0], params), expected)
+    np.testing.assert_array_equal(jnp.sum(params["kernel"] == 0, axis=(1, 2)), [144, 144])
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "y"), P("x", "y")])
+def test_sharded_weights(expected, axis_type, spec):
+    """The dense weights, and what the inner optimiser keeps of them, lie as the parameters do."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    shardings = {"kernel": NamedSharding(mesh, spec), "bias": NamedSharding(mesh, P())}
+    params = jax.device_put(PLAIN, shardings)
+    x, y = (jax.device_put(batch, NamedSharding(mesh, P())) for batch in (X, TARGET))
+    tx = PRUNE.wrap(optax.adam(0.01))
+
+    def loss_fn(params, x, y):
+        if axis_type == AxisType.Explicit:  # where a product says itself how it is sharded
+            params = jax.sharding.reshard(params, NamedSharding(mesh, P()))
+        return mean_squared(params, x, y)
+
+    @jax.jit
+    def step(params, opt_state, x, y):
+        grads = jax.grad(loss_fn)(params, x, y)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for init in (tx.init, jax.jit(tx.init)):
+        opt_state = init(params)
+        after = params
+        for _ in range(STEPS):
+            after, opt_state = step(after, opt_state, x, y)
+        assert_same(after, expected)
+        for tree in (after, opt_state.dense, optax.tree.get(opt_state, "mu")):
+            assert tree["kernel"].sharding.is_equivalent_to(shardings["kernel"], 2)
+
+
+def test_tree_map_params_finds_the_dense_weights():
+    """How shardings of an optimiser's state are derived from those of the parameters."""
+    tx = optax.chain(optax.clip(1.0), PRUNE.wrap(optax.adam(0.01)))
+    names = {"kernel": "of the kernel", "bias": "of the bias"}
+    state = optax.tree.map_params(
+        tx, lambda _, name: name, tx.init(PLAIN), names, transform_non_params=lambda _: "other"
+    )
+    assert optax.tree.get(state, "dense") == names
+    assert optax.tree.get(state, "mu") == names
+    assert (optax.tree.get(state, "step"), optax.tree.get(state, "threshold")) == ("other",) * 2
