@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from feather_jax.masks import Mask, path_name, resolve_mask
+from feather_jax.masks import Mask, is_trainable, path_name, resolve_mask
+
+# A matrix that the mask leaves out is large from this share of all weights on, and weights that are
+# zero beyond what was asked are many from this share of the prunable ones on.
+_LARGE, _MANY = 0.01, 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Layer:
       prunable: whether it may be pruned.
       weights: how many weights it has.
       nonzero: how many of them are not zero; NaN counts as non-zero.
+      trainable: whether they are floating-point in at least 16 bits.
     """
 
     name: str
@@ -28,6 +34,7 @@ class Layer:
     prunable: bool
     weights: int
     nonzero: int
+    trainable: bool = True
 
     @property
     def sparsity(self) -> float:
@@ -40,27 +47,39 @@ class Summary:
     """The leaves of a model and their totals. `str` gives a table; `dataclasses.asdict` gives data.
 
     Attributes:
-      layers: every leaf, in the order of `jax.tree.leaves`.
+      layers: every leaf that is an array of numbers, in the order of `jax.tree.leaves`.
       parameters: the number of weights in all leaves.
       prunable: the number of weights in the prunable leaves.
       nonzero: how many of the prunable weights are not zero.
+      asked: the sparsity that was asked for, if that is known.
     """
 
     layers: tuple[Layer, ...]
     parameters: int
     prunable: int
     nonzero: int
+    asked: float | None = None
 
     @property
     def sparsity(self) -> float:
         """The fraction of zeros among the prunable weights; 0 if there are none."""
         return 1 - self.nonzero / self.prunable if self.prunable else 0.0
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should not go unsaid, a sentence each; the table ends with them.
+
+        Layers that are pruned whole, or of which fewer weights are left than they have inputs or
+        outputs (the smaller of the last two dimensions); large matrices that the mask leaves out,
+        and the share of the weights that it takes; many more zeros than were asked for.
+        """
+        return (*_nearly_gone(self), *_left_out(self), *_more_than_asked(self))
+
     def __str__(self) -> str:
         rows = [
             (
                 layer.name,
-                "x".join(map(str, layer.shape)) or "scalar",
+                _size(layer),
                 f"{layer.weights:,}",
                 f"{layer.nonzero:,}",
                 f"{layer.sparsity:.2%}",
@@ -74,9 +93,61 @@ class Summary:
         pruned = (f"{self.prunable:,}", f"{self.nonzero:,}", f"{self.sparsity:.2%}")
         rows.append(("all prunable", "", *pruned))
         table = format_table(("layer", "shape", "weights", "non-zero", "sparsity"), rows)
-        if not self.nonzero:
-            return table
-        return f"{table}\n1 in {self.prunable / self.nonzero:.1f} prunable weights is left."
+        left = []
+        if self.nonzero:
+            left = [f"1 in {self.prunable / self.nonzero:.1f} prunable weights is left."]
+        return "\n".join([table, *left, *self.notes])
+
+
+def _nearly_gone(summary: Summary) -> Iterator[str]:
+    pruned = [layer for layer in summary.layers if layer.prunable and layer.weights]
+    whole = [layer.name for layer in pruned if not layer.nonzero]
+    nearly = [
+        f"{layer.name} ({layer.nonzero:,} of {layer.weights:,} left)"
+        for layer in pruned
+        if len(layer.shape) > 1 and 0 < layer.nonzero < min(layer.shape[-2:])
+    ]
+    if whole:
+        yield f"Pruned whole: {_listed(whole)}."
+    if nearly:
+        yield f"Pruned nearly whole: {_listed(nearly)}."
+
+
+def _left_out(summary: Summary) -> Iterator[str]:
+    large = [
+        f"{layer.name} ({_size(layer)}, {layer.weights / summary.parameters:.1%})"
+        for layer in summary.layers
+        if layer.trainable and not layer.prunable and len(layer.shape) > 1
+        if layer.weights >= max(1, _LARGE * summary.parameters)
+    ]
+    if large:
+        yield (
+            f"That is {summary.sparsity:.1%} of {summary.prunable / summary.parameters:.1%} of the "
+            f"parameters: not prunable are {_listed(large)}; prunable=path_mask(...) chooses "
+            "others."
+        )
+
+
+def _more_than_asked(summary: Summary) -> Iterator[str]:
+    if summary.asked is None or not summary.prunable:
+        return
+    expected = math.floor(summary.asked * (summary.prunable - 1)) + 1 if summary.asked else 0
+    zeros = summary.prunable - summary.nonzero
+    if zeros - expected > _MANY * summary.prunable:
+        yield (
+            f"{zeros:,} prunable weights are zero where {expected:,} were asked for: those that "
+            "tie with the threshold are pruned together, and in 16 bits many do; keep dense "
+            "weights in float32."
+        )
+
+
+def _size(layer: Layer) -> str:
+    return "x".join(map(str, layer.shape)) or "scalar"
+
+
+def _listed(items: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(items[:most])
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -92,12 +163,16 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(headers), rule, *map(line, rows)])
 
 
-def summarize(params: PyTree, *, prunable: Mask | None = None) -> Summary:
+def summarize(
+    params: PyTree, *, prunable: Mask | None = None, sparsity: float | None = None
+) -> Summary:
     """Counts the weights and the non-zero weights of every leaf.
 
     Args:
-      params: a pytree of arrays, JAX's or NumPy's, on the host or on devices.
+      params: a pytree of arrays, JAX's or NumPy's, on the host or on devices; other leaves, such as
+        PRNG keys and the functions in an Equinox module, are passed over.
       prunable: which leaves may be pruned; `prunable_weights` by default.
+      sparsity: what one threshold for all of them was asked for, to say if ties gave more.
 
     Returns:
       A `Summary`: plain data, which prints as a table.
@@ -125,8 +200,10 @@ def summarize(params: PyTree, *, prunable: Mask | None = None) -> Summary:
             prunable=selected,
             weights=math.prod(np.shape(leaf)),
             nonzero=int(np.count_nonzero(leaf)),
+            trainable=is_trainable(leaf),
         )
         for (path, leaf), selected in zip(leaves, mask, strict=True)
+        if _is_numbers(leaf)
     )
     pruned = [layer for layer in layers if layer.prunable]
     return Summary(
@@ -134,4 +211,12 @@ def summarize(params: PyTree, *, prunable: Mask | None = None) -> Summary:
         parameters=sum(layer.weights for layer in layers),
         prunable=sum(layer.weights for layer in pruned),
         nonzero=sum(layer.nonzero for layer in pruned),
+        asked=sparsity,
     )
+
+
+def _is_numbers(leaf: Any) -> bool:
+    try:
+        return not jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.extended)
+    except TypeError:
+        return False

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from feather_jax import Feather, summarize
+from feather_jax import Feather, path_mask, summarize
 from feather_jax.summary import format_table
 
 
@@ -78,7 +80,7 @@ def test_prints_as_a_table():
 
 def test_edges_print_too():
     nothing_left = str(summarize({"kernel": np.zeros((2, 2), np.float32)}))
-    assert nothing_left.splitlines()[-1].split() == ["all", "prunable", "4", "0", "100.00%"]
+    assert nothing_left.splitlines()[-2].split() == ["all", "prunable", "4", "0", "100.00%"]
     nothing_prunable = summarize({"bias": np.ones(3, np.float32)})
     assert nothing_prunable.sparsity == 0
     assert str(nothing_prunable).splitlines()[-1].split() == ["all", "prunable", "0", "0", "0.00%"]
@@ -98,6 +100,81 @@ def test_is_plain_data():
     assert data["layers"][1]["shape"] == [3, 3, 2, 8]
     with pytest.raises(dataclasses.FrozenInstanceError):
         summary.nonzero = 0
+
+
+def test_layers_that_are_nearly_gone_are_named():
+    kernels = {name: np.zeros((30, 20), np.float32) for name in "abcd"}
+    for name, left in {"a": 600, "b": 20, "c": 19}.items():
+        kernels[name].flat[:left] = 1
+    summary = summarize({name: {"kernel": kernel} for name, kernel in kernels.items()})
+    assert summary.notes == (
+        "Pruned whole: d/kernel.",
+        "Pruned nearly whole: c/kernel (19 of 600 left).",
+    )
+    assert str(summary).splitlines()[-2:] == list(summary.notes)
+    vector = summarize({"scale": np.float32([0, 0, 1])}, prunable=True)
+    assert vector.notes == ()
+    many = summarize({f"l{i}": {"kernel": np.zeros((2, 2), np.float32)} for i in range(8)})
+    names = "l0/kernel, l1/kernel, l2/kernel, l3/kernel, l4/kernel and 3 more"
+    assert many.notes == (f"Pruned whole: {names}.",)
+
+
+def test_large_matrices_that_the_mask_leaves_out_are_named_with_their_share():
+    ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
+    params = {
+        "kernel1": ones(3, 64),
+        "kernel2": ones(64, 64),
+        "Dense_0": {"kernel": np.eye(64, 4, dtype=np.float32), "bias": ones(4)},
+        "pair": ones(2, 2),
+        "bias": ones(500),
+        "table": np.ones((64, 64), np.int32),
+        "stored": {"kernel": np.ones((64, 64), jnp.float8_e4m3fn)},
+    }
+    assert summarize(params).notes == (
+        "That is 98.4% of 1.9% of the parameters: not prunable are kernel1 (3x64, 1.4%), kernel2 "
+        "(64x64, 30.9%); prunable=path_mask(...) chooses others.",
+    )
+    all_of_them = path_mask(["kernel.", ".*/kernel"], exclude="stored/kernel")
+    with pytest.raises(ValueError, match="exclude holds 'stored/kernel'"):
+        summarize(params, prunable=all_of_them)
+    assert summarize(params, prunable=path_mask(["kernel.", "Dense_0/kernel"])).notes == ()
+
+
+def test_ties_that_prune_more_than_was_asked_for_are_told():
+    kernel = np.random.default_rng(0).uniform(1, 2, size=(1000, 100)).astype(jnp.bfloat16)
+    prune = Feather(0.9, end_step=0)
+    final = prune.finalize({"kernel": jnp.asarray(kernel)})
+    zeros = int(jnp.sum(final["kernel"] == 0))
+    assert zeros > 90_100
+    assert summarize(final).notes == ()
+    (note,) = summarize(final, sparsity=0.9).notes
+    assert note.startswith(
+        f"{zeros:,} prunable weights are zero where 90,000 were asked for: those"
+    )
+    exact = prune.finalize({"kernel": np.float32(np.arange(1, 100_001)).reshape(1000, 100)})
+    assert summarize(exact, sparsity=0.9).notes == ()
+    assert summarize({"kernel": np.eye(2)}, sparsity=0.0).notes[0].startswith("2 prunable weights")
+    assert summarize({"bias": np.ones(3)}, sparsity=0.9).notes == ()
+
+
+def test_keys_and_functions_are_passed_over():
+    model = eqx.nn.MLP(2, 1, 3, depth=1, key=jax.random.key(0))
+    summary = summarize(model, prunable=path_mask(["layers/.*/weight"]))
+    assert [layer.name for layer in summary.layers if layer.prunable] == [
+        "layers/0/weight",
+        "layers/1/weight",
+    ]
+    assert summary.parameters == 6 + 3 + 3 + 1
+    dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), dropout, jax.nn.relu)
+    for tree in (model, nnx.state(model)):
+        summary = summarize(tree)
+        assert {layer.name for layer in summary.layers} == {
+            "layers/0/bias",
+            "layers/0/kernel",
+            "layers/1/rngs/count",
+        }
+        assert (summary.prunable, summary.parameters) == (6, 10)
 
 
 def test_agrees_with_finalize():
