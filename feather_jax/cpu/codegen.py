@@ -72,11 +72,11 @@ def emit_kernel(code: Code, kernel: Kernel) -> ir.Function:
     return code.function(kernel, lambda: _EMITTERS[type(kernel)](code, kernel))
 
 
-def emit_program(plan: Plan, target: Target) -> ir.Module:
+def emit_program(plan: Plan, target: Target, timed: bool = True) -> ir.Module:
     """A module with void feather_run(inputs, outputs, workspace, weights, stamps).
 
-    `inputs` and `outputs` point to the addresses of the arrays. Where `stamps` is not null, a clock
-    is written there before the first step and after each, int64.
+    `inputs` and `outputs` point to the addresses of the arrays. Where `stamps` is not null and the
+    program is to be `timed`, a clock is written there before the first step and after each, int64.
     """
     code = Code(target)
     kind = ir.FunctionType(VOID, [POINTER] * 5)
@@ -92,6 +92,8 @@ def emit_program(plan: Plan, target: Target) -> ir.Module:
         return b.address(b.read(table, POINTER, 8 * place.index), place.offset)
 
     def stamp(number: int) -> None:
+        if not timed:
+            return
         with b.if_then(b.icmp_unsigned("!=", stamps, ir.Constant(POINTER, None))):
             b.write(_clock(b), stamps, 8 * number)
 

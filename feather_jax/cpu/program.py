@@ -3,11 +3,11 @@
 import concurrent.futures
 import ctypes
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from feather_jax.cpu.codegen import ENTRY, emit_program
@@ -16,59 +16,12 @@ from feather_jax.cpu.machine_code import allocate, assemble, link
 from feather_jax.cpu.plan import Plan
 from feather_jax.cpu.planner import make_plan
 from feather_jax.cpu.profile import Profile, profile
+from feather_jax.cpu.saved import read_program, write_program
+from feather_jax.cpu.signature import Signature, signature_of
 from feather_jax.cpu.target import Target, host
 
 # Below this many multiply-accumulates threads cost more than they save: about 0.1 ms of work.
 WORTH_THREADS = 4_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Signature:
-    """How a function's arguments and results are packed.
-
-    Attributes:
-      argument_tree, result_tree: pytree definitions, of the tuple of arguments and of the result.
-      arguments, results: shapes and dtypes of the leaves.
-    """
-
-    argument_tree: Any
-    result_tree: Any
-    arguments: tuple[jax.ShapeDtypeStruct, ...]
-    results: tuple[jax.ShapeDtypeStruct, ...]
-
-    def flatten(self, arguments: Sequence[Any], inside: Sequence[np.dtype]) -> list[np.ndarray]:
-        """The leaves of arguments as contiguous arrays of the dtypes that the code computes in.
-
-        Raises:
-          ValueError: the arguments are not of the structure, shapes and dtypes of the examples.
-        """
-        leaves, tree = jax.tree.flatten(tuple(arguments))
-        if tree != self.argument_tree:
-            raise ValueError(
-                f"The compiled function takes arguments of the structure {self.argument_tree} and "
-                f"got {tree}; compile it for examples of that structure."
-            )
-        arrays = []
-        for number, (leaf, wanted) in enumerate(zip(leaves, self.arguments, strict=True)):
-            scalar = isinstance(leaf, bool | int | float)
-            array = np.asarray(leaf, wanted.dtype) if scalar else np.asarray(leaf)
-            if (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
-                raise ValueError(
-                    f"Argument {number} of the compiled function is "
-                    f"{array.dtype}{list(array.shape)} and must be "
-                    f"{wanted.dtype}{list(wanted.shape)}; compile the function for an example of "
-                    f"that shape and dtype."
-                )
-            arrays.append(np.ascontiguousarray(array, inside[number]))
-        return arrays
-
-    def unflatten(self, arrays: Sequence[np.ndarray]) -> Any:
-        """The result that the caller sees."""
-        leaves = [
-            array.astype(wanted.dtype, copy=False)
-            for array, wanted in zip(arrays, self.results, strict=True)
-        ]
-        return jax.tree.unflatten(self.result_tree, leaves)
 
 
 class Program:
@@ -149,8 +102,42 @@ class Program:
         results = [np.empty(each.shape, each.dtype) for each in self.plan.outputs]
         return profile(lambda stamps: self.run(arrays, results, stamps), self.plan, self.target)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the program to a file that `load` reads, whole or not at all.
+
+        Raises:
+          TypeError: the arguments or results have containers other than dicts, lists and tuples.
+          OSError: the file cannot be written.
+        """
+        write_program(path, self.plan, self.weights, self.code, self.target, self.signature)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and code."""
+        return self.weights.nbytes + len(self.code)
+
     def __str__(self) -> str:
         return str(self.plan)
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """Reads a program that `Program.save` wrote.
+
+    Nothing is traced. On the machine that it was compiled on nothing is generated either, and on
+    another one LLVM makes the code again from the plan.
+
+    The machine code in the file is run: load only files that you would run as a program.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no such file, it is damaged, or a later version wrote it.
+    """
+    plan, weights, code, made_for, signature = read_program(path)
+    # The plan is laid out for vectors of its own machine, which LLVM cuts to those of this one.
+    here = dataclasses.replace(host(), lanes=made_for.lanes, accumulators=made_for.accumulators)
+    if here != made_for:
+        code = assemble(emit_program(plan, here), here, jit=True)
+    return Program(plan, weights, code, here, signature)
 
 
 def compile(fn: Callable[..., Any], *examples: Any, threads: int = 1) -> Program:
@@ -196,10 +183,6 @@ def plan_for(lowered: Lowered, target: Target, threads: int = 1) -> tuple[Plan, 
     if threads > 1 and plan.macs < WORTH_THREADS:
         return make_plan(lowered.graph, target)
     return plan, weights
-
-
-def signature_of(lowered: Lowered) -> Signature:
-    return Signature(lowered.argument_tree, lowered.result_tree, lowered.arguments, lowered.results)
 
 
 def _addresses(arrays: Sequence[np.ndarray]) -> ctypes.Array:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import llvmlite.binding as llvm
 
@@ -46,6 +48,7 @@ def initialize() -> None:
     """Makes all targets known to LLVM."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
+    llvm.initialize_native_asmparser()  # for the clock of an AArch64 host
 
 
 @functools.cache
@@ -89,9 +92,34 @@ def named(triple: str | None = None, cpu: str | None = None) -> Target:
             f"aarch64-linux-gnu."
         ) from error
     cpu = cpu or ("x86-64" if triple.startswith("x86_64") else "generic")
+    _check_processor(triple, cpu)
     probe = target.create_target_machine(cpu=cpu, features="")
     enabled = _enabled(probe)
     return _sized(triple, cpu, "", avx512="avx512f" in enabled, avx2={"avx2", "fma"} <= enabled)
+
+
+_PROBE = """
+import sys
+import llvmlite.binding as llvm
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+machine = llvm.Target.from_triple(sys.argv[1]).create_target_machine(cpu=sys.argv[2])
+machine.emit_object(llvm.parse_assembly("define void @f() { ret void }"))
+"""
+
+
+@functools.cache
+def _check_processor(triple: str, cpu: str) -> None:
+    """Raises ValueError where LLVM does not know a processor: in a process of its own, as LLVM may
+    end the one that asks."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE, triple, cpu], capture_output=True, text=True
+    )
+    if done.returncode or "not a recognized processor" in done.stderr:
+        raise ValueError(
+            f"LLVM knows no processor {cpu!r} for {triple}; name one such as x86-64-v3, znver4 or "
+            "cortex-a76."
+        )
 
 
 def _enabled(machine: llvm.TargetMachine) -> set[str]:

@@ -10,7 +10,8 @@ from feather_jax.cpu.codegen import ENTRY, emit_program
 from feather_jax.cpu.machine_code import allocate, assemble, link
 from feather_jax.cpu.plan import Array, Place, Plan, Step
 from feather_jax.cpu.planner import make_plan
-from feather_jax.cpu.program import Program, Signature
+from feather_jax.cpu.program import Program
+from feather_jax.cpu.signature import Signature
 from feather_jax.cpu.target import host
 
 
