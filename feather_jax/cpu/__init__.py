@@ -12,7 +12,7 @@ except ImportError as error:
         "'feather-jax[cpu]'."
     ) from error
 
+from feather_jax.cpu.objects import write_object
 from feather_jax.cpu.program import Program, compile, load
 
-
-__all__ = ["Program", "compile", "load"]
+__all__ = ["Program", "compile", "load", "write_object"]
