@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from feather_jax.cpu import dense, graph, layouts, plan, sparse, target, tiled, tiles
+from feather_jax.cpu import convolution, dense, graph, layouts, plan, target, tiled, tiles
 
 KIND = "$"
 
@@ -20,7 +20,7 @@ CLASSES: dict[str, type] = {
         *(graph.Pool, graph.Reduce, graph.Reshape, graph.Slice, graph.Step, graph.Transpose),
         *(layouts.ToTiles, layouts.ToRows, layouts.Halo, layouts.Retile),
         *(plan.Array, plan.Copy, plan.Place, plan.Plan, plan.RowsKernel, plan.Step),
-        *(sparse.SparseConvolution, target.Target, tiles.Tiles),
+        *(convolution.SparseConvolution, target.Target, tiles.Tiles),
         *(tiled.TiledPool, tiled.TiledReduce, tiled.TiledElementwise),
     )
 }

@@ -6,6 +6,7 @@ from typing import Any
 import llvmlite.ir as ir
 
 from feather_jax.cpu import loops
+from feather_jax.cpu.convolution import SparseConvolution, emit_sparse_convolution
 from feather_jax.cpu.dense import (
     DenseProduct,
     SparseProduct,
@@ -24,7 +25,6 @@ from feather_jax.cpu.layouts import (
     emit_to_tiles,
 )
 from feather_jax.cpu.plan import Copy, Kernel, Place, Plan, RowsKernel
-from feather_jax.cpu.sparse import SparseConvolution, emit_sparse_convolution
 from feather_jax.cpu.target import Target
 from feather_jax.cpu.tiled import (
     TiledElementwise,

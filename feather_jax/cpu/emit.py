@@ -113,6 +113,24 @@ class Builder(ir.IRBuilder):
         fma = self.code.intrinsic(f"llvm.fmuladd.{name}", kind, [kind] * 3)
         return self.call(fma, [x, y, z])
 
+    def smaller_index(self, x: Value, y: Value) -> Value:
+        """The smaller of two integers."""
+        return self.select(self.icmp_signed("<", x, y), x, y)
+
+    def larger_index(self, x: Value, y: Value) -> Value:
+        """The larger of two integers."""
+        return self.select(self.icmp_signed(">", x, y), x, y)
+
+    def cover(self, value: Value, mask: Value, fill: float) -> Value:
+        """`value` where the mask's bits are set and `fill` elsewhere."""
+        bits = self.bitcast(value, mask.type)
+        if fill == 0:
+            return self.bitcast(self.and_(bits, mask), value.type)
+        word = int(np.float32(fill).view(np.int32))
+        filling = ir.Constant(mask.type, [word] * mask.type.count)
+        outside = self.and_(self.not_(mask), filling)
+        return self.bitcast(self.or_(self.and_(bits, mask), outside), value.type)
+
     def prefetch(self, pointer: Value) -> None:
         """Asks for the cache line that a pointer is in."""
         fetch = self.code.intrinsic("llvm.prefetch.p0", VOID, [POINTER, I32, I32, I32])

@@ -6,10 +6,10 @@ from typing import Literal
 import numpy as np
 
 from feather_jax.cpu import loops
+from feather_jax.cpu.convolution import SparseConvolution
 from feather_jax.cpu.dense import DenseProduct, SparseProduct
 from feather_jax.cpu.graph import Input, Node, Operation, Shape
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles
-from feather_jax.cpu.sparse import SparseConvolution
 from feather_jax.cpu.tiled import TiledElementwise, TiledPool, TiledReduce
 from feather_jax.cpu.tiles import LINE
 from feather_jax.summary import format_table

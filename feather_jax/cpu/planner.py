@@ -16,6 +16,7 @@ from feather_jax.cpu.arrange import (
     reduces_tiles,
     shared_moves,
 )
+from feather_jax.cpu.convolution import SparseConvolution
 from feather_jax.cpu.dense import DenseProduct, SparseProduct, pack_product, pad_outputs
 from feather_jax.cpu.graph import (
     Concatenate,
@@ -31,11 +32,11 @@ from feather_jax.cpu.graph import (
 )
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles, pixels, places
 from feather_jax.cpu.memory import ALIGNMENT, Lifetime, allocate
+from feather_jax.cpu.pack import pack
 from feather_jax.cpu.plan import Array, Copy, Kernel, Place, Plan, RowsKernel, Step
-from feather_jax.cpu.sparse import SparseConvolution, mask_of, pack
 from feather_jax.cpu.target import Target
 from feather_jax.cpu.tiled import TiledElementwise, TiledPool, TiledReduce
-from feather_jax.cpu.tiles import LINE, NO_HALO, Tiles
+from feather_jax.cpu.tiles import LINE, NO_HALO, Tiles, mask_of
 
 # From this share of non-zeros on, a product with a vector takes the whole matrix.
 DENSE_PRODUCT = 0.3
@@ -284,14 +285,25 @@ class _Planner:
         residual, residual_tiles = self._input(node, 1) if len(node.inputs) > 1 else (None, None)
         y, tiles = self._new_tiled(node)
         block, chunks = schedule.choose_block(op, x_tiles, tiles, self.target)
-        strides, activation = op.strides, op.activation
-        lines = schedule.prefetch(op, chunks)
+        panel = schedule.choose_panel(op, math.prod(block), self.target)
+        packed = pack(op, x_tiles, chunks, panel)
         kernel = SparseConvolution(
-            x_tiles, tiles, residual_tiles, strides, block, chunks, lines, activation, False
+            x_tiles,
+            tiles,
+            residual_tiles,
+            op.strides,
+            block,
+            chunks,
+            panel,
+            packed.has_lists(panel),
+            schedule.prefetch(op, chunks),
+            op.activation,
+            by_channel=False,
         )
         if schedule.by_channel(math.prod(kernel.blocks), self.threads):
             kernel = dataclasses.replace(kernel, by_channel=True)
-        weights = map(self.weights.add, (self._bias(op), *pack(op, x_tiles, chunks)))
+        arrays = (packed.rows, packed.pairs, packed.panel_rows, packed.panels)
+        weights = map(self.weights.add, (self._bias(op), *arrays))
         operands = [y, x, residual or y, self._mask(tiles), *weights]
         nonzeros = int(np.count_nonzero(op.weights))
         macs = nonzeros * math.prod(node.shape[:3])

@@ -3,11 +3,15 @@
 import numpy as np
 
 from feather_jax.cpu.graph import Convolution
+from feather_jax.cpu.pack import in_panels
 from feather_jax.cpu.target import Target
 from feather_jax.cpu.tiles import LINE, Tiles
 
 # Bytes of input that a block of pixels should read at most, so that it stays in the first cache.
 SLAB = 40_000
+
+# The share of a layer's weights that must be in panels for panels to pay.
+IN_PANELS = 0.5
 
 # Pairs of a row and chunk that pay for reading and storing its accumulators once more.
 LEAST_PAIRS = 8
@@ -62,6 +66,18 @@ def _slab(op: Convolution, x: Tiles, block: tuple[int, int]) -> int:
     else:
         lines = rows * -(-columns * x.vector // LINE)
     return x.channels * lines * LINE
+
+
+def choose_panel(op: Convolution, pixels: int, target: Target) -> int:
+    """How many output channels share what a block of `pixels` reads; 0 where few weights would.
+
+    Their accumulators, their weights and one vector of the input fill the registers.
+    """
+    outputs = op.weights.shape[3]
+    panel = min(outputs, (target.registers - 1) // (pixels + 1))
+    if op.groups > 1 or panel < 2 or in_panels(op, panel) < IN_PANELS:
+        return 0
+    return panel
 
 
 def prefetch(op: Convolution, chunks: int) -> int:

@@ -17,7 +17,8 @@ class Target:
       cpu: a processor that LLVM knows for it, as in `znver4` or `generic`.
       features: of the processor, as in `+avx2,+fma`; added to those that `cpu` implies.
       lanes: float32 lanes that the kernels treat as one vector.
-      accumulators: how many of them the kernels keep in registers, at most.
+      accumulators: how many of them a block of pixels has, at most.
+      registers: how many of them there are.
     """
 
     triple: str
@@ -25,6 +26,7 @@ class Target:
     features: str
     lanes: int
     accumulators: int
+    registers: int
 
     @property
     def x86(self) -> bool:
@@ -66,12 +68,14 @@ def host() -> Target:
 
 
 def _sized(triple: str, cpu: str, features: str, *, avx512: bool, avx2: bool) -> Target:
-    """Vectors of 16 lanes even where a register has 8: two registers make one, at little cost."""
+    """A vector is a register."""
     if avx512:
-        return Target(triple, cpu, features, 16, 8)
+        return Target(triple, cpu, features, 16, 8, 32)
     if avx2:
-        return Target(triple, cpu, features, 8, 10)
-    return Target(triple, cpu, features, 4, 10 if triple.startswith("x86") else 20)
+        return Target(triple, cpu, features, 8, 10, 16)
+    if triple.startswith(("x86_64", "i686")):
+        return Target(triple, cpu, features, 4, 10, 16)
+    return Target(triple, cpu, features, 4, 20, 32)
 
 
 def named(triple: str | None = None, cpu: str | None = None) -> Target:

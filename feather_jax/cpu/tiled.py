@@ -9,7 +9,6 @@ import numpy as np
 from feather_jax.cpu.emit import F32, I32, Builder, Code, Value, float_vector, i64, vector_of
 from feather_jax.cpu.expressions import emit_steps
 from feather_jax.cpu.graph import Padding, Steps
-from feather_jax.cpu.sparse import cover
 from feather_jax.cpu.tiles import FLOAT, Tiles
 
 # What is outside a window, and how two values become one.
@@ -120,7 +119,7 @@ def emit_pool(code: Code, spec: TiledPool) -> ir.Function:
             if not new.exact:
                 at = b.add(b.scale(row, cover_row), b.scale(column, new.vector))
                 bits = b.read(mask, vector_of(new.lanes, I32), at)
-                total = cover(b, total, bits, new.fill)
+                total = b.cover(total, bits, new.fill)
             place = b.add(b.scale(row, new.columns * new.vector), b.scale(column, new.vector))
             b.write(total, out, place)
 
@@ -227,7 +226,7 @@ def emit_elementwise(code: Code, spec: TiledElementwise) -> ir.Function:
             ]
             value = emit_steps(b, spec.steps, values) if spec.steps else values[0]
             if not new.exact:
-                value = cover(b, value, b.read(mask, words, place(wide)), new.fill)
+                value = b.cover(value, b.read(mask, words, place(wide)), new.fill)
             b.write(value, out, place(new.columns))
 
         b.loop(

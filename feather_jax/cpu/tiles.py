@@ -136,6 +136,16 @@ class Tiles:
         return f"{lanes} tiles of {self.tile[0]}x{self.tile[1]}{edges}"
 
 
+def mask_tiles(tiles: Tiles) -> Tiles:
+    """The layout of a mask of an array in tiles: one plane, without halo."""
+    return dataclasses.replace(tiles, batch=1, channels=1, halo=NO_HALO, pitch=0)
+
+
+def mask_of(tiles: Tiles) -> np.ndarray:
+    """int32 [tile height, tile width, lanes]: all bits set inside the plane, none outside."""
+    return -mask_tiles(tiles).inside().astype(np.int32)
+
+
 @functools.cache
 def choose_tiles(shape: tuple[int, int, int, int], lanes: int, images: int = 1) -> Tiles:
     """The tiles, without halo, that hold an array in the fewest vectors.

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feather_jax.cpu.convolution import SparseConvolution
 from feather_jax.cpu.graph import (
     FLOAT32,
     RELU,
@@ -26,7 +27,6 @@ from feather_jax.cpu.graph import (
 from feather_jax.cpu.interpret import interpret
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles
 from feather_jax.cpu.planner import make_plan
-from feather_jax.cpu.sparse import SparseConvolution
 from feather_jax.cpu.target import host
 
 SAME = ((1, 1), (1, 1))

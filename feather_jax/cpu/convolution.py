@@ -1,0 +1,168 @@
+"""The sparse convolution: it multiplies what is not zero, in lane tiles.
+
+A block of pixels' accumulators stay in registers while an output channel's weights are gone
+through, each broadcast and multiplied with the vectors that lie its offset behind the block's
+pixels. Input channels may be taken in chunks, so that what a block reads of one chunk stays in the
+first cache; accumulators are stored and read again in between.
+"""
+
+import dataclasses
+import math
+
+import llvmlite.ir as ir
+
+from feather_jax.cpu.emit import Code, Value, i64
+from feather_jax.cpu.graph import Steps
+from feather_jax.cpu.pack import PAIR
+from feather_jax.cpu.tiles import Tiles, mask_tiles
+from feather_jax.cpu.visit import Visit, emit_lists, emit_panels
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConvolution:
+    """A convolution of one tiled array into another.
+
+    Operands: y, x, residual (y again where there is none), the mask of y's pixels, bias, and the
+    packed weights: rows, pairs, panel rows, panels. Work items are blocks of pixels, or output
+    channels: as many as a panel has.
+
+    Attributes:
+      x, y, residual: layouts; the strides of x's windows relate x's tiles to y's.
+      strides: by height and width.
+      block: rows and columns of a tile that are computed at a time; the columns divide the tile's.
+      chunks: of input channels.
+      panel: output channels of a panel; 0 where all weights are in lists.
+      listed: whether the lists of channels with panels have any weights.
+      prefetch: how many cache lines of weights each list fetches, ahead of its own.
+      activation: steps of one argument.
+      by_channel: whether work items are output channels.
+    """
+
+    x: Tiles
+    y: Tiles
+    residual: Tiles | None
+    strides: tuple[int, int]
+    block: tuple[int, int]
+    chunks: int
+    panel: int
+    listed: bool
+    prefetch: int
+    activation: Steps
+    by_channel: bool
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """Groups of images, and rows and columns of blocks."""
+        (high, wide), (rows, columns) = self.y.tile, self.block
+        return self.y.groups, -(-high // rows), -(-wide // columns)
+
+    @property
+    def parts(self) -> int:
+        """Panels, with a last one that may be less, or channels where there are none."""
+        return -(-self.y.channels // max(1, self.panel))
+
+    @property
+    def items(self) -> int:
+        return self.parts if self.by_channel else math.prod(self.blocks)
+
+
+def emit_sparse_convolution(code: Code, spec: SparseConvolution) -> ir.Function:
+    """void f(y, x, residual, mask, bias, rows, pairs, panel_rows, panels, begin, end)."""
+    b, (*arrays, begin, end) = code.start("convolution", 9)
+    y, x, residual, mask, bias, rows, pairs, panel_rows, panels = arrays
+    high = spec.block[0]
+    _, down, across = spec.blocks
+    last_high = spec.y.tile[0] - (down - 1) * high
+    channels, panel = spec.y.channels, spec.panel
+    whole = channels // panel if panel else 0  # panels
+
+    def block(number: Value, first: Value, stop: Value) -> None:
+        """All chunks of one block of pixels, for parts first to stop of the output channels."""
+        column = b.srem(number, i64(across))
+        row = b.srem(b.sdiv(number, i64(across)), i64(down))
+        group = b.sdiv(number, i64(across * down))
+
+        def place(base: Value, tiles: Tiles, steps: tuple[int, int]) -> Value:
+            """The block's first vector in channel 0."""
+            per_row = spec.block[0] * steps[0] * tiles.columns * tiles.vector
+            per_column = spec.block[1] * steps[1] * tiles.vector
+            offset = b.add(b.scale(row, per_row), b.scale(column, per_column))
+            if tiles.groups > 1:
+                offset = b.add(offset, b.scale(group, tiles.group))
+            return b.address(b.address(base, offset), tiles.at(0, 0))
+
+        own = [
+            place(y, spec.y, (1, 1)),
+            place(x, spec.x, spec.strides),
+            place(residual, spec.residual, (1, 1)) if spec.residual else residual,
+            place(mask, mask_tiles(spec.y), (1, 1)),
+            bias,
+        ]
+
+        def lists(chunk: int, height: int, start: bool, low: Value, high: Value) -> None:
+            """The lists of channels low to high; `start` if nothing has been added up for them."""
+            visit = visit_of(spec, height, chunk == 0 and start, chunk == spec.chunks - 1)
+            table = b.address(rows, chunk * PAIR * (channels + 1))
+            b.call(emit_lists(code, visit), [*own, table, pairs, low, high])
+
+        def chunk_by_chunk(height: int) -> None:
+            for chunk in range(spec.chunks):
+                if not panel:
+                    lists(chunk, height, True, first, stop)
+                    continue
+                last = chunk == spec.chunks - 1 and not spec.listed
+                visit = visit_of(spec, height, chunk == 0, last)
+                table = b.address(panel_rows, chunk * 4 * (whole + 1))
+                until = b.smaller_index(stop, i64(whole))
+                function = emit_panels(code, visit, panel)
+                b.call(function, [*own, table, panels, first, until])
+                if spec.listed:
+                    low, high = b.scale(first, panel), b.scale(until, panel)
+                    lists(chunk, height, False, low, high)
+                if channels % panel:  # those of the last part, which have no panel
+                    low = b.larger_index(b.scale(first, panel), i64(whole * panel))
+                    high = b.smaller_index(b.scale(stop, panel), i64(channels))
+                    lists(chunk, height, True, low, high)
+
+        if last_high == high:
+            chunk_by_chunk(high)
+        else:
+            with b.if_else(b.icmp_signed("==", row, i64(down - 1))) as (lowest, others):
+                with lowest:
+                    chunk_by_chunk(last_high)
+                with others:
+                    chunk_by_chunk(high)
+
+    if spec.by_channel:
+        blocks = i64(math.prod(spec.blocks))
+        b.loop(i64(0), blocks, lambda number: block(number, begin, end))
+    else:
+        b.loop(begin, end, lambda number: block(number, i64(0), i64(spec.parts)))
+    b.ret_void()
+    return b.function
+
+
+def visit_of(spec: SparseConvolution, high: int, first: bool, last: bool) -> Visit:
+    """The visit of a block of `high` rows; `first` and `last` of its output channels."""
+    x, y, residual = spec.x, spec.y, spec.residual if first else None
+
+    def places(tiles: Tiles, down: int = 1, across: int = 1) -> tuple[int, ...]:
+        return tuple(
+            (row * down * tiles.columns + column * across) * tiles.vector
+            for row in range(high)
+            for column in range(spec.block[1])
+        )
+
+    covered = last and not y.exact
+    return Visit(
+        lanes=y.lanes,
+        reads=places(x, *spec.strides),
+        writes=places(y),
+        starts=places(residual) if residual else (),
+        covers=places(mask_tiles(y)) if covered else (),
+        planes=(y.plane, residual.plane if residual else 0),
+        first=first,
+        activation=spec.activation if last else (),
+        fill=y.fill if covered else 0.0,
+        prefetch=spec.prefetch,
+    )
