@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -81,3 +82,46 @@ def test_a_file_that_is_no_model_is_one_sentence(tmp_path, capsys):
     assert program.run(lambda: export.main(arguments)) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+def test_an_object_file_linked_into_a_c_program(finished_run, tmp_path, capsys):
+    path, out = finished_run / "model.npz", tmp_path / "out"
+    arguments = ["--model", str(path), "--out", str(out), "--format", "object", "--batch", "3"]
+    assert program.run(lambda: export.main(arguments)) == 0
+    assert str(out / "model.o") in capsys.readouterr().out
+    described = json.loads((out / "model.json").read_text())
+    assert described["input"]["shape"] == [3, 8, 8, 1]
+    assert described["output"]["shape"] == [3, 10]
+    (out / "main.c").write_text(
+        '#include <stdio.h>\n#include "model.h"\n'
+        "int main(void) { static uint8_t x[192]; static float y[30];"
+        " if (fread(x, 1, sizeof x, stdin) != sizeof x) return 1;"
+        " model(x, y); return fwrite(y, 1, sizeof y, stdout) != sizeof y; }\n"
+    )
+    subprocess.run(["cc", "main.c", "model.o", "-o", "main"], cwd=out, check=True)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    done = subprocess.run(
+        [out / "main"], input=images.tobytes(), stdout=subprocess.PIPE, check=True
+    )
+    model = model_file.load(path)
+    expected = np.asarray(model.logits(model.variables, images))
+    logits = np.frombuffer(done.stdout, np.float32).reshape(3, 10)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "aarch64-linux-gnu"], "--format object"),
+        (["--format", "object", "--batch", "0"], "--batch is 0"),
+        (["--format", "object", "--target", "vax-dec-vms"], "LLVM knows no target 'vax-dec-vms'"),
+        (["--format", "onnx"], "onnx"),
+    ],
+)
+def test_bad_options_are_a_sentence(finished_run, tmp_path, capsys, options, message):
+    arguments = ["--model", str(finished_run / "model.npz"), "--out", str(tmp_path), *options]
+    assert program.run(lambda: export.main(arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
