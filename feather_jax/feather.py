@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,8 @@ class Feather:
           return optax.apply_updates(params, updates), opt_state, loss
 
     Attributes:
-      sparsity: the final fraction of zeros among the prunable weights, in [0, 1).
+      sparsity: the final fraction of zeros among the prunable weights, in [0, 1). With 0 nothing is
+        thresholded or scaled, whatever is prunable: the dense twin in the same program.
       end_step: the update from which on the sparsity is the final one. The paper's is half of all.
       begin_step: the update, counted from 0, at which sparsity begins to grow.
       p: the exponent of `threshold_operator`, in [1, inf].
@@ -92,6 +93,8 @@ class Feather:
         then the small batches of one update share a threshold. `axis_name` is for weights that vary
         over manual axes of `jax.shard_map`, as for `global_threshold`.
         """
+        if not self.sparsity:
+            return jnp.zeros(())
         reached = as_step(step) >= self.end_step
         if not isinstance(reached, jax.core.Tracer):
             sparsity = self.sparsity if reached else self.sparsity_at(step)
@@ -104,12 +107,18 @@ class Feather:
 
     def sparsify(self, params: PyTree, threshold: PyTree) -> PyTree:
         """The parameters with the prunable ones thresholded (see `sparsify`)."""
-        return sparsify(params, threshold, p=self.p, prunable=self.prunable, **self._magnitude())
+        if not self.sparsity:
+            return params
+        return sparsify(
+            params, threshold, p=self.p, prunable=self.prunable, magnitude=self.magnitude
+        )
 
     def scale_gradients(self) -> optax.GradientTransformationExtraArgs:
         """The first part of the optimiser's chain (see `scale_pruned_gradients`)."""
+        if not self.sparsity:
+            return optax.with_extra_args_support(optax.identity())
         theta = default_theta(self.sparsity) if self.theta is None else self.theta
-        return scale_pruned_gradients(theta, prunable=self.prunable, **self._magnitude())
+        return scale_pruned_gradients(theta, prunable=self.prunable, magnitude=self.magnitude)
 
     def wrap(
         self,
@@ -179,14 +188,13 @@ class Feather:
 
         With N prunable weights and no ties, floor(sparsity (N - 1)) + 1 of them are zero.
         """
+        if not self.sparsity:
+            return params
         return self.sparsify(params, self._select(params, self.sparsity, axis_name))
 
     def _select(
         self, params: PyTree, sparsity: ScalarLike, axis_name: AxisName | None
     ) -> PyTree[Float[Array, "..."]]:
+        magnitude = {} if self.magnitude is jnp.abs else {"magnitude": self.magnitude}
         along = {} if axis_name is None else {"axis_name": axis_name}
-        options = self._magnitude() | along
-        return self.select(params, sparsity, prunable=self.prunable, **options)
-
-    def _magnitude(self) -> dict[str, Any]:
-        return {} if self.magnitude is jnp.abs else {"magnitude": self.magnitude}
+        return self.select(params, sparsity, prunable=self.prunable, **magnitude, **along)

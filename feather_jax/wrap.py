@@ -59,7 +59,9 @@ def wrap(
         if _holds_multi_steps(inner_state):
             raise ValueError(_MULTI_STEPS)
         threshold = jnp.zeros(())
-        if jax.tree.leaves(dense):  # there is none in optax.tree.map_params's placeholder
+        if prune.sparsity and jax.tree.leaves(
+            dense
+        ):  # there is none in optax.tree.map_params's placeholder
             if not any(jax.tree.leaves(resolve_mask(dense, prune.prunable))):
                 raise no_prunable_weight(dense)
             threshold = prune.threshold(dense, 0, axis_name=axis_name)

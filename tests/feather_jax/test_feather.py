@@ -64,6 +64,24 @@ def test_hyperparameters_go_by_name():
         Feather(0.9, end_step=9.5)
 
 
+def test_a_sparsity_of_zero_is_the_identity():
+    """The dense twin in the same program, at no cost."""
+    prune = Feather(0.0, end_step=10)
+    for params in (network(), {"bias": jnp.ones(3)}):
+        for step in (0, 5, 10):
+            assert prune.threshold(params, step) == 0
+        assert prune.sparsify(params, 0.5) is params
+        assert prune.finalize(params) is params
+        tx = optax.chain(prune.scale_gradients(), optax.sgd(1.0))
+        updates, _ = tx.update(params, tx.init(params), params, threshold=0.5)
+        jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, -p), updates, params)
+        tx = prune.wrap(optax.sgd(1.0))
+        updates, state = tx.update(params, tx.init(params), params)
+        assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(state.dense))
+        jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, -p), updates, params)
+    assert "while" not in jax.jit(prune.finalize).lower(network()).as_text()
+
+
 def test_a_selection_is_chosen_and_sees_a_number_at_the_end():
     """One threshold a layer, by a user's own function, exact from `end_step` on."""
     seen = []
