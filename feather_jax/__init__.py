@@ -14,6 +14,8 @@ from feather_jax.selection import global_threshold
 from feather_jax.summary import summarize
 from feather_jax.transform import keep_zeros, scale_pruned_gradients
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Feather",
     "asl_init",

@@ -14,36 +14,22 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import ml_dtypes
 import numpy as np
 from jaxtyping import Bool, Int, PyTree, Shaped, UInt8
 from numpy.typing import DTypeLike
 
 from feather_jax.archive import write_archive
 from feather_jax.gaps import decode_gaps, encode_gaps
-
-KeyPath = tuple[str | int, ...]
+from feather_jax.variables import DTYPES, EXTENDED, Path, insert, leaves_of, name_of, rebuild
 
 FORMAT = "feather_jax.compact"
 VERSION = 1
 
 # Deflate can expand a thousandfold, so the index needs a bound; 80,000 leaves fit.
 MAX_INDEX_BYTES = 2**24
-
-_NUMPY_NAMES = (
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64", "complex64", "complex128"),
-)
-_EXTENDED = {
-    np.dtype(scalar).name: np.dtype(scalar)
-    for scalar in vars(ml_dtypes).values()
-    if isinstance(scalar, type) and issubclass(scalar, np.generic)
-}
-DTYPES: dict[str, np.dtype] = {name: np.dtype(name) for name in _NUMPY_NAMES} | _EXTENDED
 
 # What zipfile, json and a look into a foreign index may raise.
 _DAMAGE = (
@@ -67,15 +53,18 @@ def save(
 
     Args:
       path: where to; nothing is appended to the name.
-      variables: nested dicts, or other mappings such as an `nnx.State`, whose keys are strings or
-        integers, of arrays of any shape and of any number type of NumPy or JAX.
+      variables: a pytree of arrays of any shape and of any number type of NumPy or JAX: nested
+        dicts with keys of strings or integers, lists, dataclasses, an `nnx.State`, modules of NNX
+        and Equinox. Functions in it are passed over, and so are numbers and strings that are
+        attributes of a module; an NNX variable or a partitioning box counts as the array in it.
       metadata: what to keep beside the weights, as JSON; tuples become lists.
       dtype: bfloat16 or float16, to which float32 leaves are rounded (to nearest, ties to even;
         NaN stays NaN, and what underflows becomes zero). Without it the round trip is exact to
         the bit.
 
     Raises:
-      TypeError: a key, a leaf or the metadata is of a kind that the file cannot hold.
+      TypeError: a key, a leaf (as PRNG keys are) or the metadata is of a kind that the file cannot
+        hold.
       ValueError: the metadata holds NaN or infinity, a value overflows `dtype`, `dtype` is
         another one, or there are so many leaves that the index is larger than 16 MiB.
       OSError: the file cannot be written.
@@ -99,7 +88,7 @@ def save(
         "empty": [],
     }
     data = []
-    for key_path, array in _flatten(variables):
+    for key_path, array in leaves_of(variables):
         if array is None:
             index["empty"].append(key_path)
             continue
@@ -120,7 +109,7 @@ def save(
     )
 
 
-def load(path: str | os.PathLike[str]) -> dict[str | int, Any]:
+def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Any:
     """Reads the variables that `save` wrote.
 
     Every leaf is compared with its checksum, nothing is unpickled, and no leaf is allocated
@@ -128,18 +117,24 @@ def load(path: str | os.PathLike[str]) -> dict[str | int, Any]:
 
     Args:
       path: a file of `save`.
+      like: the pytree that is wanted, with arrays or `jax.ShapeDtypeStruct`s as its leaves.
 
     Returns:
-      Nested dicts of NumPy arrays. The types that NumPy lacks are those of `ml_dtypes`, as in JAX.
+      Nested dicts of NumPy arrays, whose keys are also the fields and the positions of what was
+      saved. The types that NumPy lacks are those of `ml_dtypes`, as in JAX. With `like`, a pytree
+      of its structure and dtypes, with arrays on the devices on which it has them; what is no
+      array in it stays.
 
     Raises:
+      TypeError: `like` holds what `save` refuses.
       ValueError: the file is damaged, `save` has not written it, or what it holds does not fit into
-        memory.
+        memory; or its leaves are not those of `like`, one for one and shape for shape.
       OSError: there is no such file, or it cannot be read.
 
     Example:
       >>> variables = load("model.npz")  # doctest: +SKIP
       >>> logits = model.apply(variables, images)  # doctest: +SKIP
+      >>> model = load("model.npz", like=model)  # an Equinox or NNX module  # doctest: +SKIP
     """
     with _opened(path) as archive:
         index = _read_index(archive)
@@ -147,10 +142,10 @@ def load(path: str | os.PathLike[str]) -> dict[str | int, Any]:
         leaves = _cut(index["leaves"], np.frombuffer(data, np.uint8))
         variables: dict[str | int, Any] = {}
         for leaf, parts in leaves:
-            _insert(variables, leaf["path"], _decode(leaf, parts))
+            insert(variables, leaf["path"], _decode(leaf, parts))
         for key_path in index["empty"]:
-            _insert(variables, key_path, {})
-        return variables
+            insert(variables, key_path, {})
+    return variables if like is None else rebuild(like, variables, os.fspath(path))
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -175,7 +170,7 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _stored_dtype(dtype: np.dtype) -> np.dtype:
     """`dtype` in little-endian order, or unsigned integers where NumPy has no name for it."""
-    return np.dtype(f"<u{dtype.itemsize}" if dtype.name in _EXTENDED else dtype.newbyteorder("<"))
+    return np.dtype(f"<u{dtype.itemsize}" if dtype.name in EXTENDED else dtype.newbyteorder("<"))
 
 
 def _encode(array: Shaped[np.ndarray, "..."]) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -242,76 +237,20 @@ def _spread(
     return flat
 
 
-def _round(array: np.ndarray, dtype: np.dtype, key_path: KeyPath) -> np.ndarray:
+def _round(array: np.ndarray, dtype: np.dtype, key_path: Path) -> np.ndarray:
     """`array` in the narrower `dtype`, if every finite value stays finite."""
     with np.errstate(over="ignore", under="ignore"):
         rounded = array.astype(dtype)
     overflown = np.isfinite(array) & ~np.isfinite(rounded)
     if overflown.any():
         raise ValueError(
-            f"{_name(key_path)} holds {array[overflown][0]}, which overflows {dtype.name}; choose "
-            "another dtype or leave it out."
+            f"{name_of(key_path)} holds {array[overflown][0]}, which overflows {dtype.name}; "
+            "choose another dtype or leave it out."
         )
     return rounded
 
 
-# Trees.
-
-
-def _flatten(node: Any, key_path: KeyPath = ()) -> Iterator[tuple[KeyPath, np.ndarray | None]]:
-    """Every leaf with its path, sorted; None stands for an empty dict below the root."""
-    if not isinstance(node, Mapping):
-        yield key_path, _to_array(node, key_path)
-        return
-    for key in node:
-        if not isinstance(key, str | int) or isinstance(key, bool):
-            raise TypeError(
-                f"{_name(key_path)} has the key {key!r}, a {type(key).__name__}; keys are strings "
-                "or integers."
-            )
-    if key_path and not node:
-        yield key_path, None
-    for key in sorted(node, key=lambda key: (isinstance(key, str), key)):
-        yield from _flatten(node[key], (*key_path, key))
-
-
-def _to_array(leaf: Any, key_path: KeyPath) -> np.ndarray:
-    # An nnx.Variable is no array, but has a dtype and turns into one.
-    dtype = getattr(leaf, "dtype", None)
-    if issubclass(getattr(dtype, "type", object), jax.dtypes.prng_key):
-        raise TypeError(
-            f"{_name(key_path)} holds PRNG keys; leave them out, or save jax.random.key_data of "
-            "them."
-        )
-    if not key_path or not isinstance(dtype, np.dtype) or not hasattr(leaf, "__array__"):
-        raise TypeError(
-            f"{_name(key_path)} is a {type(leaf).__name__}; save takes nested dicts of arrays."
-        )
-    array = np.asarray(leaf)
-    if array.dtype.name not in DTYPES:
-        raise TypeError(
-            f"{_name(key_path)} is an array of {array.dtype.name}; save takes arrays of numbers."
-        )
-    return array
-
-
-def _insert(tree: dict[str | int, Any], key_path: Any, leaf: Any) -> None:
-    """Puts `leaf` at its place in nested dicts, which must still be free."""
-    if not (
-        isinstance(key_path, list) and key_path and all(type(k) in (str, int) for k in key_path)
-    ):
-        raise ValueError("a leaf's path is not a list of strings and integers")
-    for key in key_path[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"{_name(key_path)} is below another leaf")
-    if key_path[-1] in tree:
-        raise ValueError(f"{_name(key_path)} is there twice")
-    tree[key_path[-1]] = leaf
-
-
-def _name(key_path: KeyPath | list[str | int]) -> str:
-    return "variables" + "".join(f"[{key!r}]" for key in key_path)
+# Metadata.
 
 
 def _check_json(value: Any, name: str) -> None:

@@ -224,12 +224,12 @@ class Tensor:
 @pytest.mark.parametrize(
     ("variables", "place", "reason"),
     [
-        ({"a": [np.ones(2)]}, "variables['a']", "list"),
-        ({"a": {3: None}}, "variables['a'][3]", "NoneType"),
+        ({"a": [np.ones(2), 1.5]}, "variables['a'][1]", "float"),
+        ({"a": {3: "x"}}, "variables['a'][3]", "str"),
         ({"a": 1.5}, "variables['a']", "float"),
         (np.ones(3), "variables", "ndarray"),
         ({"a": Tensor()}, "variables['a']", "Tensor"),
-        ({"a": nn.Partitioned(jnp.ones(3), ("x",))}, "variables['a']", "Partitioned"),
+        ({"a": nn.Partitioned(jax.random.key(0), ("x",))}, "variables['a']", "PRNG keys"),
         ({"a": np.array([object()])}, "variables['a']", "object"),
         ({"a": np.array(["x"])}, "variables['a']", "str"),
         ({"a": np.array([0], "datetime64[s]")}, "variables['a']", "datetime64"),
@@ -242,7 +242,7 @@ class Tensor:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_dict_of_arrays_is_refused_by_its_place(tmp_path, variables, place, reason):
+def test_what_is_no_tree_of_arrays_is_refused_by_its_place(tmp_path, variables, place, reason):
     path = tmp_path / "model.npz"
     with pytest.raises(TypeError) as error:
         save(path, variables)

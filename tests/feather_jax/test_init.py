@@ -1,7 +1,10 @@
 """The package exports DESIGN's public names, and needs no Flax."""
 
+import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 import types
 
 import feather_jax
@@ -41,6 +44,13 @@ def test_exports_the_public_names_and_nothing_else():
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
     assert visible == PUBLIC
+
+
+def test_has_the_version_that_is_built():
+    pyproject = pathlib.Path(__file__).parents[2] / "pyproject.toml"
+    tool = tomllib.loads(pyproject.read_text(encoding="utf-8"))["tool"]
+    assert tool["setuptools"]["dynamic"]["version"] == {"attr": "feather_jax.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", feather_jax.__version__)
 
 
 def test_runs_where_flax_cannot_be_imported():
