@@ -16,7 +16,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from benchmarks.common import append_result
-from train import compare
+from train.look import comparison
+from train.store.runs import Run, read_run
 
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 EXPONENTS = ("3", "1", "inf")
@@ -32,14 +33,14 @@ def sweep(network: str) -> Iterator[tuple[str, list[str]]]:
             yield f"{sparsity}_p{p}_seed{seed}", [*pruning, f"--config.seed={seed}"]
 
 
-def run(network: str, workdir: pathlib.Path, flags: Sequence[str]) -> compare.Run:
+def run(network: str, workdir: pathlib.Path, flags: Sequence[str]) -> Run:
     """Trains to the end from where it was left; a failure ends the sweep."""
     if not (workdir / "summary.json").exists():
         print(workdir, file=sys.stderr)
         config = f"--config=configs/fashion_mnist_{network}.py"
         command = [sys.executable, "-m", "train.main", config, f"--workdir={workdir}", *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return compare.read_run(workdir)
+    return read_run(workdir)
 
 
 def main() -> None:
@@ -51,8 +52,8 @@ def main() -> None:
     for network in arguments.networks:
         folder = arguments.runs / network
         runs = [run(network, folder / name, flags) for name, flags in sweep(network)]
-        compare.write(folder / "comparison", runs)
-        print(f"{compare.markdown(runs)}\n")
+        comparison.write(folder / "comparison", runs)
+        print(f"{comparison.markdown(runs)}\n")
         summaries = {each.workdir.name: each.summary for each in runs}
         append_result("accuracy", {"network": network, "runs": summaries})
 

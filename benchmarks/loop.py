@@ -24,7 +24,8 @@ from benchmarks.common import append_result, print_table
 from train import config as config_lib
 from train import experiment, parallel
 from train.config import Config
-from train.run import loop
+from train.main import run
+from train.step import make_train_step
 
 BATCH, EVERY, TRAINING_EXAMPLES = 128, 10, 1437
 
@@ -50,7 +51,7 @@ def make_config(steps: int) -> Config:
 def program_pace(config: Config) -> list[float]:
     """Steps a second between the logged steps of a run."""
     with tempfile.TemporaryDirectory() as folder:
-        loop.run(config, pathlib.Path(folder, "run"), say=lambda line: None)
+        run(config, pathlib.Path(folder, "run"), say=lambda line: None)
         lines = pathlib.Path(folder, "run", "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     paces = [
@@ -64,9 +65,9 @@ def program_pace(config: Config) -> list[float]:
 def bare_pace(config: Config, steps: int) -> list[float]:
     """Steps a second of the compiled step, over every ten of them."""
     built, mesh = experiment.build(config), parallel.device_mesh()
-    state = parallel.replicate(built.initial_state(), mesh)
+    state = parallel.replicate(experiment.initial_state(built), mesh)
     batch = parallel.shard(next(built.data.train_batches(0)), mesh)
-    step = parallel.on_all_devices(built.train_step, donate_state=True)
+    step = parallel.on_all_devices(make_train_step(built), donate_state=True)
     state, unread = step(state, batch)
     jax.block_until_ready(unread)
     paces, start = [], time.perf_counter()

@@ -19,7 +19,8 @@ from train import config as config_lib
 from train import experiment, parallel
 from train.data import DataSet
 from train.data.augment import Augmentation, augment_and_normalize, normalize
-from train.step import TrainState
+from train.experiment import TrainState
+from train.step import make_train_step
 
 SPARSITY = 0.9
 
@@ -91,8 +92,8 @@ def make(case: Case, sparsity: float, mesh: Mesh | None = None) -> Program:
     built = experiment.build(config, random_data(case))
     mesh = mesh or parallel.device_mesh()
     return Program(
-        step=parallel.on_all_devices(built.train_step, donate_state=True),
-        state=parallel.replicate(built.initial_state(), mesh),
+        step=parallel.on_all_devices(make_train_step(built), donate_state=True),
+        state=parallel.replicate(experiment.initial_state(built), mesh),
         batch=parallel.shard(random_batch(case), mesh),
         prune=built.prune,
     )

@@ -2,123 +2,12 @@
 
 import pathlib
 import sys
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-from jax.sharding import Mesh
-from jaxtyping import PyTree
-
-from train import data as data_lib
-from train import parallel, program
-from train.data import DataSet
-from train.data.spec import FOLDER, facts
-from train.errors import UserError
+from train import program
 from train.run.cache import use_compilation_cache
-from train.step import make_eval_step
+from train.run.evaluation import evaluate_model, open_data
 from train.store import model_file
-from train.store.model_file import SavedModel
-
-
-def evaluate(
-    eval_step: Callable[..., Any], variables: PyTree, data: DataSet, mesh: Mesh
-) -> dict[str, float]:
-    """The loss, the accuracy and the number of examples of the evaluation split, each taken once.
-
-    Args:
-      eval_step: `train.step.make_eval_step`'s, through `train.parallel.on_all_devices`.
-      variables: the network's variables, replicated over the mesh.
-      data: the data set.
-      mesh: all devices.
-
-    Returns:
-      `eval/loss` (the mean, in nats), `eval/accuracy` and `eval/examples`.
-    """
-    totals = {"loss": 0.0, "correct": 0, "examples": 0}
-
-    def add(sums: dict[str, jax.Array]) -> None:
-        for name, value in jax.device_get(sums).items():
-            totals[name] += value.item()
-
-    in_flight: deque[dict[str, jax.Array]] = deque()
-    for batch in data.eval_batches():
-        in_flight.append(eval_step(variables, parallel.shard(batch, mesh)))
-        if len(in_flight) == 2:
-            add(in_flight.popleft())
-    while in_flight:
-        add(in_flight.popleft())
-    return {
-        "eval/loss": totals["loss"] / totals["examples"],
-        "eval/accuracy": totals["correct"] / totals["examples"],
-        "eval/examples": totals["examples"],
-    }
-
-
-def evaluate_model(model: SavedModel, data: DataSet) -> dict[str, float]:
-    """What `evaluate` gives for a model file, on all devices."""
-    mesh = parallel.device_mesh()
-    eval_step = make_eval_step(model.network, data.eval_preprocess)
-    return evaluate(
-        parallel.on_all_devices(eval_step, donate_state=False),
-        parallel.replicate(model.variables, mesh),
-        data,
-        mesh,
-    )
-
-
-def open_data(model: SavedModel, name: str | None = None, data_dir: str | None = None) -> DataSet:
-    """The data set that a model was trained on, or another one, preprocessed as the model wants it.
-
-    Batches are the run's, or as little smaller as the devices need to share them equally.
-
-    Args:
-      model: the model.
-      name: of another data set; None for the run's.
-      data_dir: where it is; None for where the run had it, "" for TFDS's default. Of a folder of
-        pictures, its path.
-
-    Raises:
-      UserError: there is no such data set, or it does not fit the model.
-    """
-    spec = _spec(model, name or model.metadata.data["name"], data_dir)
-    preprocessing = model.metadata.preprocessing.model_dump(include={"mean", "std"})
-    devices = jax.device_count()
-    shares = max(model.metadata.batch_size // devices, 1)
-    return data_lib.load(
-        spec | preprocessing,
-        batch_size=shares * devices,
-        seed=0,
-    )
-
-
-def _spec(model: SavedModel, name: str, data_dir: str | None) -> dict[str, Any]:
-    """`config.data` for a model and the data set of this name.
-
-    Raises:
-      UserError: it does not fit the model.
-    """
-    saved, (height, width, channels) = model.metadata.data, model.image_shape
-    own = name == saved["name"]
-    spec: dict[str, Any] = dict(saved) if own else {"name": name}
-    if name == FOLDER:
-        if not own:
-            spec |= {"image_size": height, "grey": channels == 1}
-        place = {} if data_dir is None else {"path": data_dir}
-        return spec | {"classes": model.metadata.classes} | place
-    if data_dir is not None:
-        spec["data_dir"] = data_dir
-    known = facts(name, spec.get("data_dir"))
-    if known.shape is None and not own:
-        spec["image_size"] = height
-    has = known.shape or (height, width, len(known.mean)), known.num_classes
-    wants = model.image_shape, model.metadata.num_classes
-    if has != wants:
-        raise UserError(
-            f"{model.path} takes images of {wants[0]} in {wants[1]} classes, and {name} has "
-            f"{has[0]} in {has[1]}; choose a data set of the same shape."
-        )
-    return spec
 
 
 def main(argv: Sequence[str]) -> None:

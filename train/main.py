@@ -1,20 +1,45 @@
 """Trains a sparse network: python -m train.main --config configs/digits.py --workdir runs/digits"""
 
 import os
+import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import logging as absl_logging
 
 from train import command_line, parallel
 from train.command_line import Help
+from train.config import Config
 from train.errors import UserError
+from train.finish import finish
 from train.run import cluster, loop
 from train.run.cache import use_compilation_cache
+from train.run.session import open_session
 from train.run.signals import Interrupted
+from train.store.metrics import Record
 
 DONE, BUG, MISTAKE = 0, 1, 2
+
+
+def run(config: Config, workdir: pathlib.Path, say: Callable[[str], None] = print) -> Record:
+    """Trains, from the newest checkpoint in `workdir` if there is one, and writes the results.
+
+    Args:
+      config: the experiment.
+      workdir: its folder; the README's "The training program" says what is written there.
+      say: takes a line meant for people.
+
+    Returns:
+      What `summary.json` holds.
+
+    Raises:
+      UserError: the user's mistake, in one sentence.
+      Interrupted: a signal came; the state is saved.
+    """
+    with open_session(config, workdir, say) as session:
+        state = loop.train(session)
+        return finish(session, state)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,9 +49,9 @@ def main(argv: Sequence[str]) -> int:
         command = command_line.parse(argv)
         how = cluster.join(command.coordinator_address, command.num_processes, command.process_id)
         use_compilation_cache()
-        say = print if parallel.is_first() else _say_nothing
-        say(how)
-        loop.run(command.config, command.workdir, say)
+        if parallel.is_first():
+            print(how)
+        run(command.config, command.workdir)
     except Help as page:
         print(page)
     except UserError as error:
@@ -54,10 +79,6 @@ def main(argv: Sequence[str]) -> int:
         )
         os._exit(BUG)  # at a usual exit, JAX would wait minutes for the others
     return DONE
-
-
-def _say_nothing(line: str) -> None:
-    """What the processes but the first have to say."""
 
 
 if __name__ == "__main__":

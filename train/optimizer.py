@@ -1,7 +1,12 @@
 """The optimiser of a configuration: one Optax chain, with SGD in the paper's order."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 import feather_jax as feather
 from train.config import Config, Steps
@@ -17,8 +22,21 @@ def learning_rate(config: Config, steps: Steps) -> optax.Schedule:
     )
 
 
+def kernels(params: PyTree) -> PyTree[bool]:
+    """Which parameters decay: the matrices and filters, not the biases and normalisations.
+
+    Whether they may be pruned is another question (`train.experiment.prunable_mask`).
+    """
+
+    def is_kernel(path: KeyPath, leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return name.endswith("kernel") and jnp.ndim(leaf) >= 2
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
 def make_optimizer(
-    config: Config, steps: Steps, prune: feather.Feather | None
+    config: Config, schedule: optax.Schedule, prune: feather.Feather
 ) -> optax.GradientTransformationExtraArgs:
     """Scaling of pruned gradients, clipping, and the update of SGD or of AdamW, in this order.
 
@@ -30,14 +48,12 @@ def make_optimizer(
 
     Args:
       config: the hyperparameters.
-      steps: its durations in updates.
-      prune: None for the dense twin.
+      schedule: the learning rate.
+      prune: Feather's hyperparameters.
 
     References:
       The order with SGD: Feather's released code (Glentis Georgoulakis et al., BMVC 2023).
     """
-    schedule = learning_rate(config, steps)
-    scaling = () if prune is None else (prune.scale_gradients(),)
     clipping = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
     if config.optimizer == "adamw":
         update = optax.adamw(
@@ -45,18 +61,18 @@ def make_optimizer(
             b1=config.momentum,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=feather.prunable_weights,
+            mask=kernels,
         )
     else:
         update = optax.chain(
-            optax.add_decayed_weights(config.weight_decay, mask=feather.prunable_weights),
+            optax.add_decayed_weights(config.weight_decay, mask=kernels),
             optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov),
         )
     head: tuple[optax.GradientTransformation, ...] = ()
     if config.head_learning_rate != 1:
         factor = optax.scale(config.head_learning_rate)
         head = (optax.masked(factor, feather.path_mask(include=config.head)),)
-    tx = optax.chain(*scaling, *clipping, update, *head)
+    tx = optax.chain(prune.scale_gradients(), *clipping, update, *head)
     if config.freeze:
         is_frozen = feather.path_mask(include=config.freeze)
         tx = optax.partition(

@@ -1,109 +1,64 @@
 """The training step and the evaluation step: pure functions, the same on one device and on many."""
 
-import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 
-import feather_jax as feather
+from train.experiment import Experiment, TrainState
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 
-@flax.struct.dataclass
-class TrainState:
-    """All that training changes; what a checkpoint holds.
+def make_train_step(experiment: Experiment) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds the bare training step, `train_step(state, batch, *, axis_name=None)`."""
+    config, data, prune = experiment.config, experiment.data, experiment.prune
 
-    Attributes:
-      step: the number of updates completed, an int32 scalar.
-      params: the dense weights.
-      batch_stats: the running statistics of batch normalisation; {} without any.
-      opt_state: the optimiser's state.
-      kept: which weights the last evaluation kept, for `train.run.churn`; the step leaves it alone.
-    """
-
-    step: Int32[Array, ""]
-    params: PyTree
-    batch_stats: PyTree
-    opt_state: PyTree
-    kept: list[UInt8[Array, " bytes"]] = flax.struct.field(default_factory=list)
-
-
-def make_train_step(
-    model: nn.Module,
-    tx: optax.GradientTransformationExtraArgs,
-    prune: feather.Feather | None,
-    learning_rate: optax.Schedule,
-    preprocess: Callable[[UInt8[Array, "b h w c"], Key[Array, " b"]], Float[Array, "b h w c"]],
-    *,
-    seed: int,
-    label_smoothing: float = 0.0,
-    accumulate_steps: int = 1,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Builds the training step, `train_step(state, batch, *, axis_name)`.
-
-    Args:
-      model: a Linen network (see `train.models`).
-      tx: the optimiser, as `train.optimizer.make_optimizer` builds it.
-      prune: None for the dense twin, which has none of Feather in its step.
-      learning_rate: the optimiser's schedule, for the metrics.
-      preprocess: augments and normalises images, given one PRNG key an example.
-      seed: of the augmentation's keys.
-      label_smoothing: in [0, 1).
-      accumulate_steps: the gradient is the mean over this many equal parts of the batch.
-    """
+    def loss_fn(
+        axis_name: str | None, weights: PyTree, batch_stats: PyTree, batch: Batch
+    ) -> tuple[Array, tuple[PyTree, Metrics]]:
+        variables = {"params": weights, "batch_stats": batch_stats}
+        logits, changed = experiment.model.apply(
+            variables, batch["image"], train=True, axis_name=axis_name, mutable=["batch_stats"]
+        )
+        loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=loss.dtype)
+        metrics = {"train/loss": loss, "train/accuracy": accuracy}
+        return loss, (changed.get("batch_stats", {}), metrics)
 
     def train_step(
         state: TrainState, batch: Batch, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
         """One update. Under `jax.pmap` each device has its part of the batch and `axis_name`."""
-        keys = example_keys(seed, state.step, batch["index"])
-        images = preprocess(batch["image"], keys)
+        keys = example_keys(config.seed, state.step, batch["index"])
+        images = data.train_preprocess(batch["image"], keys)
+        batch = {"image": images, "label": batch["label"]}
 
-        weights, threshold_argument, pruning_metrics = state.params, {}, {}
-        if prune is not None:
-            threshold = prune.threshold(state.params, state.step)
-            # Its derivative is the identity, straight through: the gradient with respect to these
-            # weights is the one with respect to the dense ones.
-            weights = prune.sparsify(state.params, threshold)
-            threshold_argument = {"threshold": threshold}
-            pruning_metrics = {
-                "threshold": threshold,
-                "sparsity": prune.sparsity_at(state.step),
-            }
-
-        def loss_fn(weights: PyTree, batch_stats: PyTree, images: Array, labels: Array):
-            variables = {"params": weights, "batch_stats": batch_stats}
-            logits, changed = model.apply(
-                variables, images, train=True, axis_name=axis_name, mutable=["batch_stats"]
-            )
-            loss = cross_entropy(logits, labels, label_smoothing).mean()
-            accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=loss.dtype)
-            return loss, (changed.get("batch_stats", {}), {"loss": loss, "accuracy": accuracy})
-
-        grads, batch_stats, metrics = accumulate(
-            loss_fn, weights, state.batch_stats, images, batch["label"], accumulate_steps
+        threshold = prune.threshold(state.params, state.step)
+        weights = prune.sparsify(state.params, threshold)
+        # Straight through: the gradient at these weights is taken as that of the dense ones.
+        loss_here, parts = functools.partial(loss_fn, axis_name), config.accumulate_steps
+        gradient, batch_stats, metrics = accumulate(
+            loss_here, weights, state.batch_stats, batch, parts
         )
         if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **threshold_argument)
-        metrics = {f"train/{name}": value for name, value in metrics.items()}
-        metrics |= pruning_metrics | {"learning_rate": jnp.asarray(learning_rate(state.step))}
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
+            gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
+        # Where |w| <= T the gradient is scaled, and all dense weights are updated.
+        updates, opt_state = experiment.tx.update(
+            gradient, state.opt_state, state.params, threshold=threshold
         )
-        return new_state, metrics
+        params = optax.apply_updates(state.params, updates)
+
+        metrics["learning_rate"] = jnp.asarray(experiment.learning_rate(state.step))
+        if config.sparsity:
+            metrics |= {"threshold": threshold, "sparsity": prune.sparsity_at(state.step)}
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
 
@@ -126,36 +81,41 @@ def cross_entropy(
 
 
 def accumulate(
-    loss_fn: Callable[..., Any],
-    weights: PyTree,
-    batch_stats: PyTree,
-    images: Float[Array, "b h w c"],
-    labels: Int32[Array, " b"],
-    parts: int,
+    loss_fn: Callable[..., Any], weights: PyTree, batch_stats: PyTree, batch: Batch, parts: int
 ) -> tuple[PyTree, PyTree, Metrics]:
     """The gradient, the new statistics and the metrics over a batch taken in equal parts.
 
-    The statistics pass from part to part; the gradient and the metrics are means.
+    Part k has the examples whose position modulo `parts` is k. So it is the same part of the global
+    batch on any number of devices, each of which has a stretch of it, and where statistics are
+    those of a part over all devices, so are they.
+
+    Args:
+      loss_fn: loss_fn(weights, batch_stats, batch) gives the loss, and the new statistics with the
+        metrics.
+      weights: at which the gradient is taken.
+      batch_stats: they pass from part to part; the gradient and the metrics are means.
+      batch: a pytree of arrays [b, ...].
+      parts: how many; they divide b.
     """
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if parts == 1:
-        grads, (batch_stats, metrics) = grad_fn(weights, batch_stats, images, labels)
-        return grads, batch_stats, metrics
+        gradient, (batch_stats, metrics) = grad_fn(weights, batch_stats, batch)
+        return gradient, batch_stats, metrics
 
     def split(array: Array) -> Array:
-        return array.reshape(parts, array.shape[0] // parts, *array.shape[1:])
+        return jnp.swapaxes(array.reshape(-1, parts, *array.shape[1:]), 0, 1)
 
-    def add_part(carry: tuple[PyTree, PyTree], part: tuple[Array, Array]):
+    def add_part(carry: tuple[PyTree, PyTree], part: Batch):
         total, batch_stats = carry
-        grads, (batch_stats, metrics) = grad_fn(weights, batch_stats, *part)
-        return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
+        gradient, (batch_stats, metrics) = grad_fn(weights, batch_stats, part)
+        return (jax.tree.map(jnp.add, total, gradient), batch_stats), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
     (total, batch_stats), metrics = jax.lax.scan(
-        add_part, (zeros, batch_stats), (split(images), split(labels))
+        add_part, (zeros, batch_stats), jax.tree.map(split, batch)
     )
-    grads = jax.tree.map(lambda leaf: leaf / parts, total)
-    return grads, batch_stats, jax.tree.map(jnp.mean, metrics)
+    gradient = jax.tree.map(lambda leaf: leaf / parts, total)
+    return gradient, batch_stats, jax.tree.map(jnp.mean, metrics)
 
 
 def make_eval_step(

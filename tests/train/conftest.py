@@ -112,8 +112,7 @@ def tiny_disk(tmp_path: pathlib.Path) -> Iterator[Callable[[int], pathlib.Path]]
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The workdir of a small convolutional network on digits, whose last layer stays dense."""
-    from train import config
-    from train.run import loop
+    from train import config, main
 
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     values = {
@@ -126,7 +125,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         "sparsity": 0.9,
         "exclude": ["head/kernel"],
     }
-    loop.run(config.parse(values), workdir, say=lambda line: None)
+    main.run(config.parse(values), workdir, say=lambda line: None)
     return workdir
 
 

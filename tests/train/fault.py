@@ -9,7 +9,7 @@ import signal
 import sys
 
 from train import main
-from train.run import cluster, progress
+from train.run import cluster, journal
 
 
 def send_at(signum: int, step: str) -> None:
@@ -24,14 +24,14 @@ def send_at(signum: int, step: str) -> None:
 
         os.replace = replace_after_the_signal
         return
-    read = progress.MetricsReader.read
+    read = journal.Journal.read
 
     def read_after_the_signal(self, number, metrics, evaluation=None):
         if number == int(step):
             signal.raise_signal(signum)
         return read(self, number, metrics, evaluation)
 
-    progress.MetricsReader.read = read_after_the_signal
+    journal.Journal.read = read_after_the_signal
 
 
 if __name__ == "__main__":

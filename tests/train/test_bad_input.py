@@ -92,7 +92,10 @@ CHANGES = [
     (["--config.compute_dtype=float16"], "compute_dtype is 'float16'"),
     (["--config.compute_dtype=float64"], "JAX_ENABLE_X64=1"),
     (["--config.seed=-1"], "seed is -1"),
-    (["--config.exclude=('nothing',)"], "'nothing', which matches no prunable parameter"),
+    (
+        ["--config.exclude=('nothing',)"],
+        "'nothing', which matches no parameter's whole path",
+    ),
     (["--config.exclude=('(',)"], r"'\(', which is no regular expression"),
     (["--config.exclude=head"], "exclude is 'head', and it must be a tuple"),
     (["--config.exclude=('.*',)"], "leaves nothing to prune"),

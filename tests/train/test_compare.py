@@ -7,6 +7,8 @@ import re
 import pytest
 
 from train import compare, program
+from train.look import comparison
+from train.store.runs import read_run
 
 CONFIG = {
     "data": {"name": "digits"},
@@ -59,7 +61,7 @@ def sweep(tmp_path) -> list[pathlib.Path]:
 
 
 def test_runs_that_differ_in_their_seed_are_one_point(sweep):
-    points = compare.points([compare.read_run(workdir) for workdir in sweep])
+    points = comparison.points([read_run(workdir) for workdir in sweep])
     found = {(point.label, point.sparsity): point for point in points}
     assert list(found) == [
         *[("dense", 0.0), ("p = 1", 0.9), ("p = 1", 0.99)],
@@ -72,16 +74,16 @@ def test_runs_that_differ_in_their_seed_are_one_point(sweep):
 
 
 def test_the_table_has_mean_and_spread(sweep):
-    found = compare.points([compare.read_run(workdir) for workdir in sweep])
-    table = compare.table(found).splitlines()
+    found = comparison.points([read_run(workdir) for workdir in sweep])
+    table = comparison.table(found).splitlines()
     assert " ".join(table[2].split()) == "dense 0 1 95.00% 2.00% 2 1.5 kB 1 min 30 s"
     assert " ".join(table[-1].split()) == "p = 3 0.99 100 80.00% 2.00% 2 1.5 kB 1 min 30 s"
     assert len(table) == 2 + 5
 
 
 def test_the_picture_has_a_line_a_group_and_the_dense_runs_as_a_level(sweep):
-    found = compare.points([compare.read_run(workdir) for workdir in sweep])
-    axes = compare.figure(found).axes[0]
+    found = comparison.points([read_run(workdir) for workdir in sweep])
+    axes = comparison.figure(found).axes[0]
     assert axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_legend().texts] == ["dense", "p = 1", "p = 3"]
     lines = {str(line.get_label()): line for line in axes.lines}
@@ -96,11 +98,11 @@ def test_the_picture_has_a_line_a_group_and_the_dense_runs_as_a_level(sweep):
 
 def test_models_and_data_sets_are_told_apart(tmp_path):
     runs = [
-        compare.read_run(write_run(tmp_path / name, 0.9, sparsity=0.9, model={"name": name}))
+        read_run(write_run(tmp_path / name, 0.9, sparsity=0.9, model={"name": name}))
         for name in ("resnet8", "lenet5")
     ]
-    assert [point.label for point in compare.points(runs)] == ["lenet5", "resnet8"]
-    assert [point.label for point in compare.points(runs[:1])] == ["sparse"]
+    assert [point.label for point in comparison.points(runs)] == ["lenet5", "resnet8"]
+    assert [point.label for point in comparison.points(runs[:1])] == ["sparse"]
 
 
 def test_the_program_writes_a_page_markdown_and_a_picture(sweep, tmp_path, capsys):
@@ -125,8 +127,8 @@ def test_columns_are_sorted_by_their_numbers(tmp_path):
         summary = json.loads((workdir / "summary.json").read_text())
         (workdir / "summary.json").write_text(json.dumps(summary | {"wall_seconds": seconds}))
         (workdir / "model.npz").write_bytes(bytes(size))
-        runs.append(compare.read_run(workdir))
-    compare.write(tmp_path / "out", runs)
+        runs.append(read_run(workdir))
+    comparison.write(tmp_path / "out", runs)
     text = (tmp_path / "out" / "compare.html").read_text()
     tables = re.findall(r"<tbody>(.*?)</tbody>", text, re.DOTALL)
     cells = [re.findall(r"<td(.*?)>(.*?)</td>", row) for row in tables[0].strip().splitlines()]
@@ -143,12 +145,12 @@ def test_columns_are_sorted_by_their_numbers(tmp_path):
 def test_labels_are_text_to_matplotlib_and_to_markdown(tmp_path):
     """`$` would begin a formula, `|` the next cell."""
     runs = [
-        compare.read_run(write_run(tmp_path / str(i), 0.9, sparsity=0.9, exclude=patterns))
+        read_run(write_run(tmp_path / str(i), 0.9, sparsity=0.9, exclude=patterns))
         for i, patterns in enumerate((["(head|stem)/kernel$", "a_{$"], []))
     ]
-    compare.write(tmp_path / "out", runs)
+    comparison.write(tmp_path / "out", runs)
     assert "(head|stem)/kernel$" in (tmp_path / "out" / "compare.html").read_text()
-    table = compare.markdown(runs).splitlines()
+    table = comparison.markdown(runs).splitlines()
     assert r"(head\|stem)/kernel$" in table[2] + table[3]
     assert all(re.sub(r"\\\|", "", line).count("|") == 9 for line in table)
 

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import command_line, models
+from train import command_line, main, models
 from train import config as config_lib
 from train.data import spec
 from train.experiment import prunable_mask
-from train.run import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
@@ -43,7 +42,7 @@ def test_a_config_is_checked_data_whose_parts_fit(experiment):
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)
     )
-    assert any(jax.tree.leaves(prunable_mask(variables["params"], config.exclude)))
+    assert any(jax.tree.leaves(prunable_mask(variables["params"], config)))
     assert 0 < config.sparsity < 1
 
 
@@ -93,7 +92,7 @@ def test_a_config_takes_two_steps(
     for field in ("epochs", "warmup_epochs", "prune_begin", "prune_end"):
         if getattr(values, field) is not None:
             config[field] = getattr(values, field) * shrink
-    loop.run(config_lib.parse(config), tmp_path / "run", say=lambda line: None)
+    main.run(config_lib.parse(config), tmp_path / "run", say=lambda line: None)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["eval/examples"] == (360 if name == "digits" else 8)

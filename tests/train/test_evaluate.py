@@ -14,6 +14,7 @@ from PIL import Image
 import feather_jax as feather
 from train import evaluate, program
 from train.data import digits, spec
+from train.run import evaluation
 from train.store import model_file
 
 
@@ -149,6 +150,6 @@ def test_every_device_count_evaluates_every_example(model, batch_size):
     saved = model_file.load(model)
     metadata = saved.metadata.model_copy(update={"batch_size": batch_size})
     saved = dataclasses.replace(saved, metadata=metadata)
-    data = evaluate.open_data(saved)
+    data = evaluation.open_data(saved)
     assert sum(int(batch["mask"].sum()) for batch in data.eval_batches()) == data.num_eval
     assert next(iter(data.eval_batches()))["image"].shape[0] % jax.device_count() == 0

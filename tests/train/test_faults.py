@@ -19,9 +19,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 import feather_jax as feather
 from train import command_line, parallel
+from train import main as program
 from train.errors import StorageError, UserError
 from train.main import main
-from train.run import loop, progress
+from train.run import journal
 from train.store import checkpoint
 
 # TensorStore calls back into an event loop that Orbax closed when the write failed.
@@ -39,7 +40,7 @@ def config(small: pathlib.Path, *more: str):
 def run(small: pathlib.Path, workdir: pathlib.Path, *more: str) -> list[str]:
     """Runs in this process, and returns what was said."""
     said: list[str] = []
-    loop.run(config(small, *more), workdir, said.append)
+    program.run(config(small, *more), workdir, said.append)
     return said
 
 
@@ -95,13 +96,13 @@ def files(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
 
 def at_step(monkeypatch, actions) -> None:
     """Calls `actions[step]()` when the metrics of `step` are read."""
-    read = progress.MetricsReader.read
+    read = journal.Journal.read
 
     def read_after_action(self, number, metrics, evaluation=None):
         actions.get(number, lambda: None)()
         return read(self, number, metrics, evaluation)
 
-    monkeypatch.setattr(progress.MetricsReader, "read", read_after_action)
+    monkeypatch.setattr(journal.Journal, "read", read_after_action)
 
 
 @pytest.mark.slow
@@ -177,7 +178,7 @@ def test_a_signal_to_all_processes_stops_a_run_with_workers(small, start, small_
 
 def test_a_finished_run_started_again_trains_nothing(small, undisturbed, tmp_path, monkeypatch):
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
-    monkeypatch.setattr(progress.MetricsReader, "read", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(journal.Journal, "read", lambda *args: pytest.fail("trained"))
     assert "Going on after step 44 of 44." in run(small, workdir)
     assert_ended_alike(workdir, undisturbed)
     for name in ("metrics.jsonl", "config.json", "model.npz"):

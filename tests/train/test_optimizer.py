@@ -21,10 +21,13 @@ BASE = {
 }
 
 
-def build(prune=None, **changes):
+DENSE = feather.Feather(sparsity=0.0, end_step=0)
+
+
+def build(prune=DENSE, **changes):
     config = config_lib.parse(BASE | changes)
-    steps = config_lib.steps(config, num_train=250)
-    return make_optimizer(config, steps, prune), learning_rate(config, steps)
+    schedule = learning_rate(config, config_lib.steps(config, num_train=250))
+    return make_optimizer(config, schedule, prune), schedule
 
 
 def params_and_grads(seed=0):

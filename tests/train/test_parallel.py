@@ -9,6 +9,7 @@ import pytest
 
 from train import command_line, experiment, parallel
 from train import config as config_lib
+from train.step import make_train_step
 
 DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
 
@@ -48,10 +49,10 @@ def test_one_step_in_float32_agrees_on_one_device_and_on_eight():
     )
     built = experiment.build(config)
     batch = next(built.data.train_batches(0))
-    state = built.initial_state()
-    one, metrics = jax.jit(built.train_step)(state, batch)
+    state = experiment.initial_state(built)
+    one, metrics = jax.jit(make_train_step(built))(state, batch)
     mesh = parallel.device_mesh()
-    step = parallel.on_all_devices(built.train_step, donate_state=False)
+    step = parallel.on_all_devices(make_train_step(built), donate_state=False)
     eight, metrics_8 = step(parallel.replicate(state, mesh), parallel.shard(batch, mesh))
     assert mesh.size == 8
     assert float(metrics["sparsity"]) == pytest.approx(0.95)

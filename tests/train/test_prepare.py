@@ -19,6 +19,7 @@ from train import config as config_lib
 from train import data, experiment, prepare
 from train.data.prepared import open_prepared
 from train.errors import UserError
+from train.step import make_eval_step, make_train_step
 
 ROOT = pathlib.Path(prepare.__file__).parents[1]
 SYNSETS = ("n01440764", "n01443537", "n15075141")  # of the archives in conftest.py
@@ -226,9 +227,9 @@ def test_prepared_imagenet_trains_resnet50(prepared_imagenet):
     config.data.update({"data_dir": str(prepared_imagenet), "image_size": 32, "workers": 1})
     config.batch_size = 8
     built = experiment.build(config_lib.parse(config))
-    state, metrics = built.initial_state(), {}
+    state, metrics = experiment.initial_state(built), {}
     with contextlib.closing(built.data.train_batches(0)) as batches:
-        step = jax.jit(built.train_step)
+        step = jax.jit(make_train_step(built))
         for _ in range(2):
             state, metrics = step(state, next(batches))
     assert int(state.step) == 2
@@ -236,7 +237,7 @@ def test_prepared_imagenet_trains_resnet50(prepared_imagenet):
     assert 6 < float(metrics["train/loss"]) < 9
     (batch,) = built.data.eval_batches()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    sums = jax.jit(built.eval_step)(variables, batch)
+    sums = jax.jit(make_eval_step(built.model, built.data.eval_preprocess))(variables, batch)
     assert int(sums["examples"]) == 8
 
 

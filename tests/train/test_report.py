@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import feather_jax as feather
-from train import compare, program, report
+from train import program, report
 from train.errors import UserError
 from train.look import inspection, page
+from train.look import report as page_of
 from train.store import model_file
+from train.store.runs import differences, read_run
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -135,9 +137,9 @@ def with_config(folder: pathlib.Path, **values: object) -> pathlib.Path:
 
 
 def test_a_dense_run_is_next_to_nothing(finished_run, tmp_path):
-    run = compare.read_run(with_config(shutil.copytree(finished_run, tmp_path / "r"), sparsity=0.0))
+    run = read_run(with_config(shutil.copytree(finished_run, tmp_path / "r"), sparsity=0.0))
     params = feather.load(finished_run / "model.npz")["params"]
-    report.write(run, params)
+    page_of.write(run, params)
     text = (run.workdir / "report.html").read_text()
     assert "<h1>resnet8 on digits, dense</h1>" in text
     assert "times less" not in text
@@ -147,7 +149,7 @@ def test_a_dense_run_is_next_to_nothing(finished_run, tmp_path):
 
 def test_a_run_that_started_from_another_says_so(finished_run, tmp_path):
     folder = with_config(shutil.copytree(finished_run, tmp_path / "r"), init_from="runs/<first>")
-    report.write(compare.read_run(folder), feather.load(finished_run / "model.npz")["params"])
+    page_of.write(read_run(folder), feather.load(finished_run / "model.npz")["params"])
     text = (folder / "report.html").read_text()
     assert "Trained from runs/&lt;first&gt; for 8 epochs" in text
     assert "from scratch" not in text
@@ -156,8 +158,8 @@ def test_a_run_that_started_from_another_says_so(finished_run, tmp_path):
 def test_a_twin_has_the_whole_configuration(finished_run, tmp_path, capsys):
     other = shutil.copytree(finished_run, tmp_path / "other")
     with_config(other, sparsity=0.0, seed=1, p=1.0, prune_end=1.0, log_every_steps=3)
-    read = compare.read_run(finished_run), compare.read_run(other)
-    assert compare.differences(read) == []
+    read = read_run(finished_run), read_run(other)
+    assert differences(read) == []
     with_config(other, epochs=4.0, label_smoothing=0.1)
     assert program.run(lambda: report.main([str(finished_run), "--dense", str(other)])) == 2
     assert "they differ in epochs, label_smoothing; give" in capsys.readouterr().err
@@ -266,7 +268,7 @@ def test_another_models_checkpoint_is_one_sentence(finished_run, tmp_path, capsy
         with pytest.raises(
             UserError, match=r"no variables/params/stem/kernel of shape \(3, 3, 1, 5"
         ):
-            report.trained_params(compare.read_run(run))
+            report.trained_params(read_run(run))
 
 
 def test_a_missing_checkpoint_is_one_sentence(finished_run, tmp_path, capsys):

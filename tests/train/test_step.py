@@ -1,5 +1,7 @@
 """The training step: the same on any number of devices, with or without Feather."""
 
+import dataclasses
+import itertools
 import re
 
 import jax
@@ -12,7 +14,10 @@ from flax import linen as nn
 import feather_jax as feather
 from train import config as config_lib
 from train import experiment, parallel
-from train.step import TrainState, accumulate, cross_entropy, example_keys, make_train_step
+from train.data import DataSet
+from train.experiment import TrainState
+from train.optimizer import make_optimizer
+from train.step import accumulate, cross_entropy, example_keys, make_train_step
 
 BATCH, CLASSES = 16, 5
 
@@ -51,32 +56,57 @@ def global_batch(step):
     }
 
 
-def setup(prune, *, norm=True, learning_rate=0.1, **options):
-    model = Network(norm)
-    schedule = optax.constant_schedule(learning_rate)
-    scaling = [] if prune is None else [prune.scale_gradients()]
-    tx = optax.with_extra_args_support(
-        optax.chain(*scaling, optax.clip_by_global_norm(3.0), optax.sgd(schedule, momentum=0.9))
+def noise():
+    """A data set whose augmentation shows if an example gets another key."""
+    return DataSet(
+        name="noise",
+        image_shape=(6, 6, 1),
+        num_classes=CLASSES,
+        num_train=1000 * BATCH,
+        num_eval=BATCH,
+        train_batches=lambda step: map(global_batch, itertools.count(step)),
+        eval_batches=lambda: iter(()),
+        train_preprocess=noise_and_scale,
+        eval_preprocess=lambda images: images / 255,
+        mean=(0.0,),
+        std=(1.0,),
     )
-    step = make_train_step(model, tx, prune, schedule, noise_and_scale, seed=1, **options)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1), float), train=False)
+
+
+def setup(prune, *, norm=True, learning_rate=0.1, **options):
+    """The step of a small network, and its first state."""
+    values = {"data": {"name": "noise"}, "model": {"name": "lenet300"}, "batch_size": BATCH}
+    values |= {"epochs": 1.0, "learning_rate": learning_rate, "sparsity": prune.sparsity, "seed": 1}
+    config = config_lib.parse(values | options)
+    schedule = optax.constant_schedule(learning_rate)
+    built = dataclasses.replace(
+        experiment.build(config, noise()),
+        model=Network(norm),
+        prune=prune,
+        learning_rate=schedule,
+        tx=make_optimizer(config, schedule, prune),
+    )
+    variables = built.model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1), float), train=False)
     params = variables["params"]
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(params),
+        batch_stats=jax.tree.map(lambda leaf: leaf.astype(float), variables.get("batch_stats", {})),
+        opt_state=built.tx.init(params),
     )
-    return step, state
+    return make_train_step(built), state
 
 
 def feather_for(sparsity):
     return feather.Feather(sparsity=sparsity, end_step=20, theta=0.5)
 
 
-def train_on(devices, steps, prune):
+DENSE = feather.Feather(sparsity=0.0, end_step=0)
+
+
+def train_on(devices, steps, prune, **options):
     chosen = jax.devices()[:devices]
-    step, state = setup(prune)
+    step, state = setup(prune, **options)
     mesh = jax.sharding.Mesh(np.array(chosen), (parallel.AXIS,))
     parallel_step = jax.pmap(
         lambda state, batch: step(state, batch, axis_name=parallel.AXIS),
@@ -118,8 +148,18 @@ def test_the_number_of_devices_changes_nothing(devices, forty_steps_without_an_a
     assert_close(many, forty_steps_without_an_axis, 1e-9)
 
 
+@pytest.mark.parametrize("devices", [2, 8])
+def test_accumulated_parts_are_the_same_on_any_number_of_devices(devices):
+    """Batch normalisation sees the parts, so they have to be the same examples."""
+    with jax.enable_x64(True):
+        one, many = (
+            train_on(number, 10, feather_for(0.9), accumulate_steps=2) for number in (1, devices)
+        )
+    assert_close(many, one, 1e-10)
+
+
 def test_dense_twin_has_nothing_of_feather():
-    step, state = setup(None)
+    step, state = setup(DENSE)
     new_state, metrics = jax.jit(step)(state, global_batch(0))
     assert set(metrics) == {"train/loss", "train/accuracy", "learning_rate"}
     jaxpr = str(jax.make_jaxpr(step)(state, global_batch(0)))
@@ -132,7 +172,7 @@ def test_sparsity_0_in_feather_equals_the_dense_twin():
     """Feather with nothing to prune yet follows the dense step to the last bit."""
     begins_later = feather.Feather(sparsity=0.9, begin_step=100, end_step=200)
     results = []
-    for prune in (None, begins_later):
+    for prune in (DENSE, begins_later):
         step, state = setup(prune)
         for number in range(3):
             state, _ = jax.jit(step)(state, global_batch(number))
@@ -155,12 +195,12 @@ def test_accumulated_parts_equal_one_batch(parts):
 
 
 def test_accumulation_passes_statistics_from_part_to_part():
-    def loss_fn(weights, statistics, images, labels):
+    def loss_fn(weights, statistics, batch):
+        images, labels = batch
         return jnp.sum(weights * images), (statistics + jnp.sum(labels), {"loss": jnp.sum(images)})
 
-    grads, statistics, metrics = accumulate(
-        loss_fn, jnp.ones(()), jnp.zeros(()), jnp.arange(6.0), jnp.arange(6), 3
-    )
+    batch = jnp.arange(6.0), jnp.arange(6)
+    grads, statistics, metrics = accumulate(loss_fn, jnp.ones(()), jnp.zeros(()), batch, 3)
     assert (grads, statistics, metrics["loss"]) == (5.0, 15, 5.0)
 
 
@@ -201,7 +241,7 @@ DIGITS = {
 def three_steps(**changes):
     """The program's own step on real digits: the states before and after each, and the losses."""
     built = experiment.build(config_lib.parse(DIGITS | changes))
-    step, state = jax.jit(built.train_step), built.initial_state()
+    step, state = jax.jit(make_train_step(built)), experiment.initial_state(built)
     states, losses = [state], []
     for _, batch in zip(range(3), built.data.train_batches(0), strict=False):
         state, metrics = step(state, batch)
@@ -215,7 +255,7 @@ def test_the_whole_step_in_bfloat16():
     built, states, losses = three_steps(compute_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype(np.float32)}
     batch = next(built.data.train_batches(0))
-    jaxpr = str(jax.make_jaxpr(built.train_step)(states[0], batch))
+    jaxpr = str(jax.make_jaxpr(make_train_step(built))(states[0], batch))
     assert re.search(r"bf16\[64,16\] = dot_general", jaxpr)
     _, _, expected = three_steps()
     np.testing.assert_allclose(losses, expected, rtol=0.03)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, Float, PyTree, UInt8, UInt32
+
+from train.experiment import Experiment
 
 Kept = list[UInt8[Array, " bytes"]]
 """Which weights are kept, one bit each, an array a prunable leaf: an eighth of a byte a weight."""
@@ -34,3 +36,11 @@ def _compare(before: Kept, weights: list[Array]) -> tuple[UInt32[Array, ""], Kep
     for old, new in zip(before, now, strict=True):
         changed += jnp.sum(lax.population_count(old ^ new), dtype=jnp.uint32)
     return changed, now
+
+
+def pruned_leaves(experiment: Experiment, params: PyTree) -> list[Array]:
+    """The parameters that are pruned; [] for the dense twin."""
+    if not experiment.config.sparsity:
+        return []
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(experiment.prunable), strict=True)
+    return [leaf for leaf, selected in leaves if selected]

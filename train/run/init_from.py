@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 import feather_jax as feather
-from feather_jax.masks import is_floating
 from train.errors import UserError
+from train.experiment import TrainState
 from train.models.pretrained import LAYOUTS, translate
 from train.models.vit import ViT, resize_positions
-from train.step import TrainState
 from train.store import checkpoint, tensors
+from train.store.leaves import matched, named_leaves
 
 _POSITIONS = "params/positions"
 
@@ -48,7 +47,7 @@ def with_variables_of(
         unknown or of another shape.
     """
     wanted = {"params": state.params, "batch_stats": state.batch_stats}
-    names, found = checkpoint.named_leaves(wanted), _read(source, model, say)
+    names, found = named_leaves(wanted), _read(source, model, say)
     if isinstance(model, ViT):
         _resize_positions(found, names, source, say)
     left = {
@@ -57,8 +56,11 @@ def with_variables_of(
         if re.fullmatch(head, name.removeprefix("params/"))
         and (name not in found or np.shape(found[name]) != leaf.shape)
     }
-    _check_same({name: leaf for name, leaf in names.items() if name not in left}, found, source)
-    say(f"Took {len(names) - len(left)} of the network's {len(names)} arrays from {source}.")
+    taken = len(names) - len(left)
+    found |= {name: names[name] for name in left}
+    where, remedy = f"config.init_from: {source}", "choose the same config.model"
+    variables = matched(found, wanted, where, remedy, cast=True)
+    say(f"Took {taken} of the network's {len(names)} arrays from {source}.")
     if left:
         lines = (
             f"{name} ({'missing' if leaf is None else list(leaf.shape)} there, "
@@ -66,38 +68,7 @@ def with_variables_of(
             for name, leaf in left.items()
         )
         say(f"The head begins anew, since it does not fit: {', '.join(lines)}.")
-    arrays = [
-        leaf if name in left else jax.numpy.asarray(found[name], leaf.dtype)
-        for name, leaf in names.items()
-    ]
-    variables = jax.tree.unflatten(jax.tree.structure(wanted), arrays)
     return dataclasses.replace(state, **variables)
-
-
-def _check_same(names: Mapping[str, Any], found: Mapping[str, Any], source: pathlib.Path) -> None:
-    """Raises UserError unless there are the same arrays here and there."""
-    for name in names:
-        if name not in found:
-            raise UserError(
-                f"config.init_from: {source} has no {name}, which the model needs; choose the same "
-                "config.model."
-            )
-    for name, leaf in found.items():
-        if name not in names:
-            raise UserError(
-                f"config.init_from: {source} has {name}, which the model does not; choose the same "
-                "config.model."
-            )
-        if np.shape(leaf) != names[name].shape:
-            raise UserError(
-                f"config.init_from: {name} has the shape {np.shape(leaf)} in {source} and "
-                f"{names[name].shape} in the model; choose the same config.model."
-            )
-        if not is_floating(leaf):
-            raise UserError(
-                f"config.init_from: {name} is {leaf.dtype} in {source}, and the model has "
-                "floating-point numbers; give a file that has them too."
-            )
 
 
 def _resize_positions(
@@ -155,7 +126,7 @@ def _read_file(source: pathlib.Path, model: nn.Module) -> dict[str, Any]:
     try:
         state_dict = tensors.read(source)
         if state_dict is None:
-            return checkpoint.named_leaves(feather.load(source))
+            return named_leaves(feather.load(source))
     except (ValueError, OSError) as error:
         raise UserError(f"config.init_from: {error}") from error
     layouts = LAYOUTS.get(type(model))

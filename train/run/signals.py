@@ -47,8 +47,8 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def reached(self, step: int) -> int:
-        """The signal for which the run is to stop after `step`, 0 to go on.
+    def signal_after(self, step: int) -> int:
+        """The number of the signal for which the run is to stop after `step`, 0 to go on.
 
         Every process has to ask after every step, and all get the same answer.
         """

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from train import parallel
 from train.errors import StorageError, UserError, writing
-from train.step import TrainState
+from train.store.leaves import matched, named_leaves
 
 ARRAYS = ("variables", "optimizer")
 """A checkpoint's items of arrays: the dense weights with the running statistics, and the rest."""
@@ -55,8 +55,12 @@ class Checkpoints:
                 ),
             )
 
-    def save(self, state: TrainState, info: dict[str, Any]) -> None:
-        """Begins to save `state` under its step, once the one before is on disk.
+    def save(self, items: Mapping[str, PyTree], info: dict[str, Any]) -> None:
+        """Begins to save a state under its step, once the one before is on disk.
+
+        Args:
+          items: pytrees by the names of `ARRAYS`; `optimizer` holds `step`.
+          info: what JSON can hold.
 
         Raises:
           StorageError: this one, or the one before, could not be written. Those that were whole
@@ -64,7 +68,7 @@ class Checkpoints:
           UserError: the state holds NaN or infinity, or Orbax refused to save it.
         """
         # A copy: on CPU, device_get gives a view of what the next step overwrites.
-        items = jax.tree.map(np.array, jax.device_get(_items(state)))
+        items = jax.tree.map(np.array, jax.device_get(dict(items)))
         leaves = named_leaves(items)
         check_finite(leaves)
         step = int(leaves[_STEP])
@@ -162,15 +166,17 @@ def newest(directory: pathlib.Path, items: Sequence[str] = ARRAYS) -> Restored |
     )
 
 
-def restore(directory: pathlib.Path, like: TrainState) -> tuple[TrainState, Restored] | None:
-    """The state in the newest checkpoint that is whole; None if nothing was saved.
+def restore(
+    directory: pathlib.Path, like: Mapping[str, PyTree]
+) -> tuple[dict[str, PyTree], Restored] | None:
+    """The items of the newest checkpoint that is whole; None if nothing was saved.
 
     Args:
       directory: the folder of checkpoints.
-      like: a state of the structure, shapes and dtypes that are wanted.
+      like: items of the structure, shapes and dtypes that are wanted.
 
     Returns:
-      The state, in host memory, and the checkpoint.
+      The items, in host memory, and the checkpoint.
 
     Raises:
       UserError: none is whole, or it is another model's.
@@ -178,24 +184,8 @@ def restore(directory: pathlib.Path, like: TrainState) -> tuple[TrainState, Rest
     found = newest(directory)
     if found is None:
         return None
-    wanted = named_leaves(_items(like))
-    for name in wanted.keys() ^ found.leaves.keys():
-        has, lacks = ("model", "checkpoint") if name in wanted else ("checkpoint", "model")
-        raise UserError(
-            f"The newest checkpoint in {directory} is another model's: {name} is in the {has} and "
-            f"not in the {lacks}; give a new --workdir."
-        )
-    for name, leaf in wanted.items():
-        was = found.leaves[name]
-        if (was.shape, was.dtype) != (leaf.shape, leaf.dtype):
-            raise UserError(
-                f"The newest checkpoint in {directory} is another model's: {name} is "
-                f"{was.dtype}{list(was.shape)} there and {leaf.dtype}{list(leaf.shape)} in the "
-                "model; give a new --workdir."
-            )
-    leaves = [found.leaves[name] for name in wanted]
-    items = jax.tree.unflatten(jax.tree.structure(_items(like)), leaves)
-    return TrainState(**items["variables"], **items["optimizer"]), found
+    where = f"The newest checkpoint in {directory} is another model's: it"
+    return matched(found.leaves, dict(like), where, "give a new --workdir"), found
 
 
 class Damaged(Exception):
@@ -290,19 +280,6 @@ def check_finite(leaves: dict[str, np.ndarray]) -> None:
                 "checkpoints before it are kept: try a lower config.learning_rate, a longer "
                 "config.warmup_epochs or a smaller config.clip_norm, in a new --workdir."
             )
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths, such as `variables/params/head/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _items(state: TrainState) -> dict[str, PyTree]:
-    return {
-        "variables": {"params": state.params, "batch_stats": state.batch_stats},
-        "optimizer": {"opt_state": state.opt_state, "step": state.step, "kept": state.kept},
-    }
 
 
 def _listed(directory: pathlib.Path) -> list[pathlib.Path]:

@@ -7,13 +7,11 @@ from typing import Annotated, Any, Self
 
 import flax.linen as nn
 import jax
-import numpy as np
 import pydantic
 from jaxtyping import Array, Float, PyTree, UInt8
 from pydantic import Field
 
 from feather_jax import compact
-from feather_jax.masks import is_floating, path_name
 from feather_jax.summary import Summary
 from train import models
 from train.config import Dtype, Named
@@ -23,6 +21,7 @@ from train.errors import UserError, writing
 from train.experiment import Experiment, initial_variables, usable_dtype
 from train.fields import Checked, Count
 from train.models.calling import call_arguments
+from train.store.leaves import matched, named_leaves
 
 VERSION = 1
 
@@ -220,25 +219,6 @@ def _fitting(model: SavedModel) -> PyTree:
         wanted = jax.eval_shape(lambda: initial_variables(model.network, model.image_shape, 0))
     except UserError as error:
         raise UserError(f"{model.path} does not fit its own network: {error}") from error
-    leaves = jax.tree_util.tree_leaves_with_path(model.variables)
-    found = {path_name(path): leaf for path, leaf in leaves}
-    paths = jax.tree_util.tree_leaves_with_path(wanted)
-    shapes = {path_name(path): leaf.shape for path, leaf in paths}
-    for name in sorted(shapes.keys() | found.keys()):
-        has = found[name].shape if name in found else "missing"
-        wants = shapes.get(name, "unknown")
-        if has != wants:
-            raise UserError(
-                f"{model.path} does not hold a {model.metadata.model['name']} as it says: "
-                f"{name} is {has} there and {wants} in the network; save the model again."
-            )
-        if not is_floating(found[name]):
-            raise UserError(
-                f"{model.path} holds {name} as {found[name].dtype}, and the network computes with "
-                "real floating-point numbers; save the model again."
-            )
-
-    def fit(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        return found[path_name(path)].astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fit, wanted)
+    where = f"{model.path}, which says that it is of a {model.metadata.model['name']},"
+    found = named_leaves(model.variables)
+    return matched(found, wanted, where, "save the model again", cast=True)

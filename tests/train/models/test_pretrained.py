@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from train import models
+from train.experiment import TrainState
 from train.models.pretrained import LAYOUTS, translate
 from train.models.vit import resize_positions
 from train.run.init_from import with_variables_of
-from train.step import TrainState
-from train.store.checkpoint import named_leaves
+from train.store.leaves import named_leaves
 
 # The names and shapes of torchvision 0.29.1's and timm 1.0.31's own state dicts.
 STATE_DICTS = json.loads((pathlib.Path(__file__).parent / "state_dicts.json").read_text())

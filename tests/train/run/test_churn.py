@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import config
-from train.run import loop
+from train import config, main
 from train.run.churn import all_kept, mask_churn
 from train.run.signals import Interrupted, Interruption
 
@@ -51,7 +50,7 @@ def test_churn_is_the_same_after_a_restart(tmp_path, monkeypatch):
     }
 
     def churns(workdir: pathlib.Path) -> dict[int, float]:
-        loop.run(config.parse(values), workdir, say=lambda line: None)
+        main.run(config.parse(values), workdir, say=lambda line: None)
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
         return {r["step"]: r["mask_churn"] for r in map(json.loads, lines) if "mask_churn" in r}
 
@@ -59,7 +58,7 @@ def test_churn_is_the_same_after_a_restart(tmp_path, monkeypatch):
     assert list(whole) == [3, 6, 9, 11]
     assert 0 < min(whole.values()) <= max(whole.values()) < 1
     with monkeypatch.context() as patch:
-        patch.setattr(Interruption, "reached", lambda self, step: 15 if step == 5 else 0)
+        patch.setattr(Interruption, "signal_after", lambda self, step: 15 if step == 5 else 0)
         with pytest.raises(Interrupted):
             churns(tmp_path / "restarted")
     assert churns(tmp_path / "restarted") == whole

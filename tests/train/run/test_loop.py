@@ -12,11 +12,12 @@ import pytest
 import feather_jax as feather
 from feather_jax.masks import prunable_leaves
 from train import config as config_lib
-from train import experiment, parallel
+from train import experiment, main, parallel
 from train.errors import UserError
-from train.evaluate import evaluate
 from train.look import curves
-from train.run import loop, progress
+from train.run import journal, loop, session
+from train.run.evaluation import evaluate
+from train.step import make_eval_step
 from train.store import checkpoint
 
 TINY = {
@@ -48,8 +49,9 @@ def lasting(record):
 
 def weights(workdir, built):
     """The newest checkpoint's weights."""
-    state, _ = checkpoint.restore(workdir / "checkpoints", built.abstract_state)
-    return state
+    like = session.beginning(built, experiment.abstract_state(built)).items()
+    items, _ = checkpoint.restore(workdir / "checkpoints", like)
+    return session.Progress.of(items).state
 
 
 class Crash(Exception):
@@ -61,13 +63,13 @@ def crash_at(step, monkeypatch):
         if number == step:
             raise Crash
 
-    monkeypatch.setattr(progress, "check_finite", check_finite)
+    monkeypatch.setattr(journal, "check_finite", check_finite)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    return workdir, loop.run(config(), workdir, say=SAID.append)
+    return workdir, main.run(config(), workdir, say=SAID.append)
 
 
 def test_the_workdir_holds_what_the_contract_says(finished):
@@ -128,19 +130,19 @@ def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
     second = config(
         init_from=str(tmp_path / "first"), learning_rate=1e-9, epochs=1 / 22, sparsity=0.0
     )
-    loop.run(second, tmp_path / "second", say=lambda line: None)
+    main.run(second, tmp_path / "second", say=lambda line: None)
     given = weights(tmp_path / "first", experiment.build(config())).params
     taken = weights(tmp_path / "second", experiment.build(second)).params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), given, taken)
     shutil.rmtree(tmp_path / "first")
-    loop.run(second, tmp_path / "second", say=lambda line: None)
+    main.run(second, tmp_path / "second", say=lambda line: None)
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 21, 22, 23])
 def test_evaluation_prunes_as_the_last_step_did(step):
     """By the sparsity of the update before, of the weights as they are after it."""
     built = experiment.build(config())
-    state = built.initial_state().replace(step=np.int32(step))
+    state = experiment.initial_state(built).replace(step=np.int32(step))
     variables = loop.current_variables(built.prune, state)
     kernels = [np.asarray(leaf) for leaf in prunable_leaves(state.params)]
     magnitudes = np.abs(np.concatenate([kernel.ravel() for kernel in kernels])).astype(float)
@@ -188,11 +190,11 @@ def test_a_second_start_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch
 
     crash_at(18, monkeypatch)
     with pytest.raises(Crash):
-        loop.run(config(), tmp_path / "run", say=lambda line: None)
+        main.run(config(), tmp_path / "run", say=lambda line: None)
     monkeypatch.undo()
     assert not (tmp_path / "run" / "summary.json").exists()
     lines = []
-    summary = loop.run(config(), tmp_path / "run", say=lines.append)
+    summary = main.run(config(), tmp_path / "run", say=lines.append)
     assert "Going on after step 15" in lines[0]
     again, before = weights(tmp_path / "run", built), weights(finished[0], built)
     jax.tree.map(np.testing.assert_array_equal, again, before)
@@ -202,7 +204,7 @@ def test_a_second_start_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch
 
 
 def test_the_dense_twin_keeps_every_weight(tmp_path):
-    summary = loop.run(config(sparsity=0.0, epochs=0.2), tmp_path / "run", say=lambda line: None)
+    summary = main.run(config(sparsity=0.0, epochs=0.2), tmp_path / "run", say=lambda line: None)
     assert summary["nonzero"] == summary["prunable"]
     assert all("threshold" not in record for record in records(tmp_path / "run"))
 
@@ -216,7 +218,7 @@ def test_nothing_is_transferred_unasked(tmp_path, monkeypatch):
             return unguarded(*args)
 
     monkeypatch.setattr(loop, "train", train)
-    loop.run(config(), tmp_path / "run", say=lambda line: None)
+    main.run(config(), tmp_path / "run", say=lambda line: None)
 
 
 def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatch):
@@ -247,7 +249,7 @@ def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatc
     monkeypatch.setattr(jax, "device_get", reading)
     crash_at(24, monkeypatch)
     with pytest.raises(Crash):
-        loop.run(config(checkpoint_every_steps=100), tmp_path / "run", say=lambda line: None)
+        main.run(config(checkpoint_every_steps=100), tmp_path / "run", say=lambda line: None)
     epoch = ["dispatch", *["dispatch", "read"] * 21, "read"]
     batches = -(-360 // 64)
     evaluation = ["dispatch", *["dispatch", "read"] * (batches - 1), "read"]
@@ -260,7 +262,7 @@ def test_evaluation_covers_every_example_once(batch_size):
     """Whatever the batch: 360 examples, and the same number right, counted without batches."""
     built = experiment.build(config(batch_size=batch_size))
     mesh = parallel.device_mesh()
-    state = built.initial_state()
+    state = experiment.initial_state(built)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     images = np.concatenate(
         [batch["image"][batch["mask"]] for batch in experiment.build(config()).data.eval_batches()]
@@ -270,7 +272,8 @@ def test_evaluation_covers_every_example_once(batch_size):
     )
     logits = built.model.apply(variables, built.data.eval_preprocess(images), train=False)
     right = int(np.sum(np.argmax(logits, -1) == labels))
-    eval_step = parallel.on_all_devices(built.eval_step, donate_state=False)
+    eval_step = make_eval_step(built.model, built.data.eval_preprocess)
+    eval_step = parallel.on_all_devices(eval_step, donate_state=False)
     result = evaluate(eval_step, parallel.replicate(variables, mesh), built.data, mesh)
     assert result["eval/examples"] == 360
     assert result["eval/accuracy"] * 360 == pytest.approx(right, abs=1e-9)
@@ -280,7 +283,7 @@ def test_excluded_parameters_stay_dense(tmp_path):
     """The head and the stem keep every weight, and the others make up the sparsity."""
     excluding = config(exclude=["head/kernel", "stem/.*"], epochs=0.2, sparsity=0.5)
     built = experiment.build(excluding)
-    params = built.prune.finalize(built.initial_state().params)
+    params = built.prune.finalize(experiment.initial_state(built).params)
     layers = {layer.name: layer for layer in feather.summarize(params).layers}
     assert layers["head/kernel"].nonzero == layers["head/kernel"].weights
     assert layers["stem/kernel"].nonzero == layers["stem/kernel"].weights
@@ -290,11 +293,11 @@ def test_excluded_parameters_stay_dense(tmp_path):
 
 
 def test_an_exclusion_that_matches_nothing_is_an_error():
-    with pytest.raises(UserError, match=r"'Dense_0/kernel'.*matches no prunable.*head/kernel"):
+    with pytest.raises(UserError, match=r"'Dense_0/kernel', which.* ones are head/kernel"):
         experiment.build(config(exclude=["Dense_0/kernel"]))
 
 
 def test_a_batch_that_devices_cannot_share_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"batch_size is 60.*multiple of 8"):
-        loop.run(config(batch_size=60), tmp_path / "run")
+        main.run(config(batch_size=60), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -18,9 +18,9 @@ DIGITS = pathlib.Path(__file__).parents[3] / "configs" / "digits.py"
 def test_a_signal_is_noted_and_the_handlers_come_back(signum):
     before = signal.getsignal(signum)
     with Interruption() as interruption:
-        assert interruption.reached(1) == 0
+        assert interruption.signal_after(1) == 0
         signal.raise_signal(signum)
-        assert interruption.reached(2) == signum
+        assert interruption.signal_after(2) == signum
     assert signal.getsignal(signum) == before
 
 
@@ -28,7 +28,7 @@ def test_the_first_signal_counts():
     with Interruption() as interruption:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        assert interruption.reached(1) == signal.SIGTERM
+        assert interruption.signal_after(1) == signal.SIGTERM
 
 
 def test_a_second_sigint_ends_the_process_at_once():

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ import optax
 import pytest
 
 from train.errors import StorageError, UserError
-from train.run import loop, progress
-from train.step import TrainState
+from train.experiment import TrainState
+from train.run import loop
+from train.run.session import Progress
 from train.store import checkpoint
 from train.store.checkpoint import Checkpoints
 
@@ -42,10 +44,14 @@ def state_at(step: int) -> TrainState:
     )
 
 
+def items(state: TrainState) -> dict:
+    return Progress(state, []).items()
+
+
 def saved(folder: pathlib.Path, *steps: int, keep: int = 10) -> pathlib.Path:
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.save(state_at(step), {"wall_seconds": step / 2})
+        checkpoints.save(items(state_at(step)), {"wall_seconds": step / 2})
     checkpoints.close()
     return folder
 
@@ -62,7 +68,8 @@ def copy(two_saved, tmp_path) -> pathlib.Path:
 
 
 def restored(folder: pathlib.Path) -> tuple[TrainState, checkpoint.Restored] | None:
-    return checkpoint.restore(folder, jax.eval_shape(lambda: state_at(0)))
+    found = checkpoint.restore(folder, jax.eval_shape(lambda: items(state_at(0))))
+    return found and (Progress.of(found[0]).state, found[1])
 
 
 def assert_same(state: TrainState, step: int) -> None:
@@ -236,7 +243,7 @@ def test_damage_is_moved_aside_and_training_saves_again_below_it(copy):
 def test_a_save_that_orbax_refuses_is_an_error(two_saved):
     checkpoints = Checkpoints(two_saved, 10)
     with pytest.raises(UserError, match="step 15 was refused"):
-        checkpoints.save(state_at(15), {})
+        checkpoints.save(items(state_at(15)), {})
     checkpoints.close()
 
 
@@ -256,21 +263,21 @@ def test_an_unfinished_save_is_nothing_and_is_removed(copy):
     [
         (
             lambda state: state.replace(params=state.params | {"head": {"kernel": np.ones(3)}}),
-            r"head/kernel is bfloat16\[20, 3\] there and float64\[3\] in the model",
+            r"head/kernel as bfloat16\[20, 3\], and the model as float64\[3\]",
         ),
         (
             lambda state: state.replace(params=state.params | {"more": np.ones(3)}),
-            "params/more is in the model and not in the checkpoint",
+            "it has no variables/params/more, which the model needs",
         ),
         (
             lambda state: state.replace(batch_stats={}),
-            "batch_stats/norm/mean is in the checkpoint and not in the model",
+            "it has variables/batch_stats/norm/mean, which the model does not",
         ),
     ],
 )
 def test_another_models_checkpoint_is_an_error(two_saved, change, message):
     with pytest.raises(UserError, match=f"another model's: .*{message}"):
-        checkpoint.restore(two_saved, change(state_at(0)))
+        checkpoint.restore(two_saved, items(change(state_at(0))))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -282,7 +289,7 @@ def test_what_is_not_finite_is_never_saved(copy, part, value):
     )
     checkpoints = Checkpoints(copy, 10)
     with pytest.raises(UserError, match="became NaN or infinite before step 30 was saved"):
-        checkpoints.save(state.replace(**{part: poisoned}), {})
+        checkpoints.save(items(state.replace(**{part: poisoned})), {})
     checkpoints.close()
     assert_same(restored(copy)[0], 20)
 
@@ -297,17 +304,17 @@ def fill(path: pathlib.Path) -> None:
 def test_a_full_disk_loses_nothing_and_the_next_save_works(tiny_disk):
     folder = tiny_disk(4_000_000) / "checkpoints"
     checkpoints = Checkpoints(folder, 2)
-    checkpoints.save(state_at(1), {})
-    checkpoints.save(state_at(2), {})
+    checkpoints.save(items(state_at(1)), {})
+    checkpoints.save(items(state_at(2)), {})
     checkpoints.wait()
     filler = folder.parent / "filler"
     fill(filler)
-    checkpoints.save(state_at(3), {})
+    checkpoints.save(items(state_at(3)), {})
     with pytest.raises(StorageError, match=r"step 3 could not be written.*make room"):
         checkpoints.wait()
     assert_same(restored(folder)[0], 2)
     filler.unlink()
-    checkpoints.save(state_at(4), {})
+    checkpoints.save(items(state_at(4)), {})
     checkpoints.close()
     assert_same(restored(folder)[0], 4)
     assert checkpoint.unfinished(folder) == []
@@ -318,11 +325,15 @@ def test_that_the_save_before_failed_does_not_cost_the_last_one(tiny_disk):
     folder = tiny_disk(4_000_000) / "checkpoints"
     checkpoints = Checkpoints(folder, 2)
     fill(folder.parent / "filler")
-    checkpoints.save(state_at(1), {})
+    checkpoints.save(items(state_at(1)), {})
     time.sleep(0.5)  # so that it fails
     (folder.parent / "filler").unlink()
     said = []
-    loop.save(checkpoints, state_at(2), None, progress.Clock(), said.append, or_stop=True)
+    journal = types.SimpleNamespace(sync=lambda: None, say=said.append)
+    session = types.SimpleNamespace(
+        checkpoints=checkpoints, journal=journal, wall_seconds=lambda: 0.0
+    )
+    loop.save(session, Progress(state_at(2), []), must=True)
     assert_same(restored(folder)[0], 2)
     (line,) = said
     assert "step 1 could not be written" in line

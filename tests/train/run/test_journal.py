@@ -1,6 +1,6 @@
 """What the progress bar says."""
 
-from train.run.progress import headline
+from train.run.journal import headline
 
 
 def test_a_record_is_one_short_line():

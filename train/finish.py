@@ -1,0 +1,53 @@
+"""The end of a run: the finalised model, its evaluation, and what people look at."""
+
+import jax
+
+import feather_jax as feather
+from train import parallel
+from train.errors import writing
+from train.experiment import TrainState
+from train.look import curves, report
+from train.run.session import Session
+from train.store import model_file
+from train.store.files import write_json
+from train.store.metrics import Record
+from train.store.runs import Run
+
+
+def finish(session: Session, state: TrainState) -> Record:
+    """Finalises the weights, evaluates them and writes what a finished run leaves.
+
+    Returns:
+      What `summary.json` holds.
+
+    Raises:
+      StorageError: something cannot be written.
+    """
+    experiment, workdir = session.experiment, session.workdir
+    params = jax.jit(experiment.prune.finalize)(state.params)
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    evaluation = session.evaluate(variables)
+    counts = feather.summarize(jax.device_get(params), prunable=experiment.prunable)
+    summary: Record = {
+        "steps": experiment.steps.total,
+        "parameters": counts.parameters,
+        "prunable": counts.prunable,
+        "nonzero": counts.nonzero,
+        "sparsity": counts.sparsity,
+        **evaluation,
+        "wall_seconds": session.wall_seconds(),
+    }
+    if parallel.is_first():
+        run = Run(workdir, experiment.config, summary, session.journal.records)
+        model_file.save(workdir / "model.npz", experiment, variables, counts, evaluation)
+        report.write(run, jax.device_get(state.params))
+        with writing(workdir):
+            curves.save(workdir / "curves.png", run.records, run.title)
+            write_json(workdir / "summary.json", summary)
+    session.journal.say(f"\n{counts}")
+    session.journal.say(
+        f"{evaluation['eval/accuracy']:.2%} of {evaluation['eval/examples']} evaluation examples "
+        f"right; {summary['wall_seconds']:.0f} s in all; everything is in {workdir}."
+    )
+    parallel.gather(0)  # who left before would take the first process down, in its writing
+    return summary

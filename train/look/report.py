@@ -1,0 +1,124 @@
+"""The report of a run: one page that stands alone."""
+
+import dataclasses
+
+import jax
+from jaxtyping import PyTree
+
+from feather_jax.macs import Macs
+from train.config import flat
+from train.errors import writing
+from train.experiment import prunable_mask
+from train.look import page, pictures
+from train.look.inspection import PrunableLayer, histogram_of, layers_of, macs_of, total_of
+from train.store import model_file
+from train.store.files import write_atomically
+from train.store.model_file import SavedModel
+from train.store.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A figure at the head of the page.
+
+    Attributes:
+      name: what it is.
+      value: the figure.
+      notes: what it is to be seen next to.
+    """
+
+    name: str
+    value: str
+    notes: tuple[str, ...]
+
+
+def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
+    """Writes `report.html` into the folder of a finished run.
+
+    Args:
+      run: the run.
+      dense_params: the trained weights, before they were finalised.
+      twin: the run of the same configuration without pruning, for its accuracy.
+
+    Raises:
+      UserError: the run's model file is damaged or not there.
+      StorageError: the page cannot be written.
+    """
+    model = model_file.load(run.workdir / "model.npz")
+    prunable = prunable_mask(model.variables["params"], run.config)
+    macs = macs_of(model)
+    layers = layers_of(model, prunable, macs)
+    total = total_of(layers)
+    histogram = None
+    if not run.dense:
+        histogram = histogram_of(dense_params, model.variables["params"], prunable)
+    with page.style():
+        text = page.render(
+            "report.html",
+            title=run.title,
+            story=_story(run, model),
+            tiles=_tiles(run, model, total, macs, twin),
+            curves=pictures.curve_pictures(run.records),
+            weights=pictures.weight_pictures(histogram) if histogram else [],
+            threshold=f"{histogram.threshold:.4g}" if histogram else "",
+            p=f"{run.config.p:g}",
+            layer_figures=pictures.layer_pictures(layers),
+            layers=layers,
+            total=total,
+            config=list(flat(run.config.as_dict()).items()),
+            made_with=f"{run.workdir.name}, trained with JAX {model.metadata.trained.jax}.",
+        )
+    with writing(run.workdir):
+        write_atomically(run.workdir / "report.html", text)
+
+
+def _story(run: Run, model: SavedModel) -> str:
+    """What was trained, on what and how long, in a few sentences."""
+    config, trained = run.config, model.metadata.trained
+    shape = "x".join(map(str, model.image_shape))
+    start = config.init_from or "scratch"
+    how = f"{config.epochs:g} epochs, {run.summary['steps']:,} updates of {config.batch_size}"
+    return (
+        f"Trained from {start} for {how} examples, on {trained.examples:,} images of {shape} in "
+        f"{model.metadata.num_classes} classes, with {config.optimizer} in "
+        f"{config.compute_dtype} on {trained.devices}, in "
+        f"{page.duration(run.summary['wall_seconds'])}."
+    )
+
+
+def _tiles(
+    run: Run, model: SavedModel, total: PrunableLayer, macs: Macs, twin: Run | None
+) -> list[Tile]:
+    """Accuracy, weights, size and work, those of a sparse run next to the dense network's."""
+    examples = run.summary["eval/examples"]
+    right = round(run.accuracy * examples)
+    notes = [f"{right:,} of {examples:,} evaluation examples"]
+    if twin is not None:
+        change = 100 * (run.accuracy - twin.accuracy)
+        notes.append(f"dense twin {twin.accuracy:.2%}: {change:+.2f} points")
+    dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.variables))
+
+    def less(before: str, ratio: float) -> tuple[str, ...]:
+        return () if run.dense else (f"dense {before}: {ratio:.3g} times less",)
+
+    return [
+        Tile("Accuracy", f"{run.accuracy:.2%}", tuple(notes)),
+        Tile(
+            "Weights left",
+            f"{total.left:.2%}",
+            (
+                f"{total.nonzero:,} of {total.weights:,} prunable ones",
+                f"{run.summary['parameters']:,} parameters in all",
+            ),
+        ),
+        Tile(
+            "Model file",
+            page.size(run.model_bytes),
+            less(page.size(dense_bytes), dense_bytes / run.model_bytes),
+        ),
+        Tile(
+            "MACs for one image",
+            page.short(macs.sparse_total),
+            less(page.short(macs.total), macs.total / max(macs.sparse_total, 1)),
+        ),
+    ]
