@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import feather_jax as feather
-from feather_jax.masks import prunable_leaves
 from train import config as config_lib
 from train import experiment, parallel
 from train.data import DataSet
 from train.data.augment import Augmentation, augment_and_normalize, normalize
 from train.experiment import TrainState
 from train.step import make_train_step
+from train.store.leaves import selected
 
 SPARSITY = 0.9
 
@@ -147,7 +147,7 @@ def running(step: Callable[..., Any], program: Program) -> Callable[[], None]:
 
 def prunable_bytes(params: PyTree) -> int:
     """Bytes of all prunable weights."""
-    return sum(leaf.nbytes for leaf in prunable_leaves(params))
+    return sum(leaf.nbytes for leaf in selected(params, feather.prunable_weights(params)))
 
 
 @dataclasses.dataclass(frozen=True)

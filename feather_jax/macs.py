@@ -21,7 +21,7 @@ class Product:
     """One dot product or convolution of the traced program.
 
     Attributes:
-      name: the path of its kernel among the parameters, as in `params/Conv_0/kernel`, or where no
+      name: of its kernel among the parameters, as `summarize` has it (`Conv_0/kernel`), or where no
         parameter is its kernel, the scope it was traced in.
       kind: the primitive, as in `dot_general`.
       shape: of the result.
@@ -113,7 +113,9 @@ def count_macs(fn: Callable[..., Any], *args: Any) -> Macs:
     closed = jax.make_jaxpr(fn)(*args)
     leaves = jax.tree_util.tree_leaves_with_path(args)
     sources: list[Source] = [
-        _Parameter(path_name(path[1:]), leaf) if path[0].idx == 0 and len(path) > 1 else _DATA
+        _Parameter(path_name(path[1:]).removeprefix("params/"), leaf)
+        if path[0].idx == 0 and len(path) > 1
+        else _DATA
         for path, leaf in leaves
     ]
     products, _ = _walk(closed.jaxpr, sources, "")

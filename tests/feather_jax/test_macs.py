@@ -145,7 +145,7 @@ def test_gradient_costs_twice_the_function_and_nothing_for_its_input(strides):
     forward = count_macs(model.apply, variables, x)
     first = forward.layers[0].macs
     assert [layer.name for layer in forward.layers] == [
-        f"params/{name}/kernel" for name in ("Conv_0", "Conv_1", "Dense_0")
+        f"{name}/kernel" for name in ("Conv_0", "Conv_1", "Dense_0")
     ]
 
     gradient = count_macs(jax.grad(model.apply), variables, x)
@@ -325,7 +325,7 @@ def test_attention_of_linen():
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     macs = count_macs(model.apply, variables, x)
 
-    projections = [f"params/{name}/kernel" for name in ("query", "key", "value", "out")]
+    projections = [f"{name}/kernel" for name in ("query", "key", "value", "out")]
     by_name = {layer.name: layer for layer in macs.layers}
     assert set(projections) < set(by_name)
     assert all(by_name[name].macs == batch * length * width**2 for name in projections)

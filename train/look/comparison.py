@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from feather_jax.summary import format_table
 from train.config import flat
 from train.errors import writing
 from train.look import page
@@ -113,7 +112,13 @@ def rows(found: Sequence[Point]) -> tuple[list[str], list[list[Cell]]]:
 def table(found: Sequence[Point]) -> str:
     """The points as a table for a terminal."""
     headers, lines = rows(found)
-    return format_table(headers, [[text for _, text in line] for line in lines])
+    texts = [headers, *([text for _, text in line] for line in lines)]
+    first, *others = (max(map(len, column)) for column in zip(*texts, strict=True))
+    heading, *body = (
+        "  ".join([name.ljust(first), *map(str.rjust, rest, others)]).rstrip()
+        for name, *rest in texts
+    )
+    return "\n".join([heading, "-" * len(heading), *body])
 
 
 def markdown(runs: Sequence[Run]) -> str:

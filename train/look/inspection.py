@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 import feather_jax as feather
-from feather_jax.macs import Macs
-from feather_jax.masks import prunable_leaves
 from train.models.calling import call_arguments
+from train.store.leaves import selected
 from train.store.model_file import SavedModel
 
 _RANGE = 3.0  # of the histograms, in thresholds
@@ -45,7 +44,7 @@ class PrunableLayer:
         return self.nonzero / self.weights if self.weights else 1.0
 
 
-def macs_of(model: SavedModel) -> Macs:
+def macs_of(model: SavedModel) -> feather.Macs:
     """The multiply-accumulates of the whole network for one image."""
     images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
     arguments = call_arguments(model.network, train=False)
@@ -56,12 +55,12 @@ def macs_of(model: SavedModel) -> Macs:
     )
 
 
-def layers_of(model: SavedModel, prunable: PyTree[bool], macs: Macs) -> list[PrunableLayer]:
+def layers_of(model: SavedModel, prunable: PyTree[bool], macs: feather.Macs) -> list[PrunableLayer]:
     """The prunable layers in the order in which the network computes."""
     counts = feather.summarize(model.variables["params"], prunable=prunable)
     by_name: dict[str, list[Any]] = {}
     for product in macs.layers:
-        by_name.setdefault(product.name.removeprefix("params/"), []).append(product)
+        by_name.setdefault(product.name, []).append(product)
     order = {name: position for position, name in enumerate(by_name)}
     return [
         PrunableLayer(
@@ -119,8 +118,9 @@ def histogram_of(dense: PyTree, sparse: PyTree, prunable: PyTree[bool]) -> Histo
     Returns:
       The histogram; None if nothing is pruned.
     """
-    dense_leaves = [np.asarray(leaf) for leaf in prunable_leaves(dense, prunable)]
-    sparse_leaves = [np.asarray(leaf) for leaf in prunable_leaves(sparse, prunable)]
+    dense_leaves, sparse_leaves = (
+        [np.asarray(leaf) for leaf in selected(params, prunable)] for params in (dense, sparse)
+    )
     threshold = max(
         float(np.max(np.abs(was), where=now == 0, initial=0))
         for was, now in zip(dense_leaves, sparse_leaves, strict=True)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from jaxtyping import PyTree
 
-from feather_jax.macs import Macs
+import feather_jax as feather
 from train.config import flat
 from train.errors import writing
 from train.experiment import prunable_mask
@@ -87,7 +87,7 @@ def _story(run: Run, model: SavedModel) -> str:
 
 
 def _tiles(
-    run: Run, model: SavedModel, total: PrunableLayer, macs: Macs, twin: Run | None
+    run: Run, model: SavedModel, total: PrunableLayer, macs: feather.Macs, twin: Run | None
 ) -> list[Tile]:
     """Accuracy, weights, size and work, those of a sparse run next to the dense network's."""
     examples = run.summary["eval/examples"]

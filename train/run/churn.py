@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, UInt8, UInt32
 
 from train.experiment import Experiment
+from train.store.leaves import selected
 
 Kept = list[UInt8[Array, " bytes"]]
 """Which weights are kept, one bit each, an array a prunable leaf: an eighth of a byte a weight."""
@@ -42,5 +43,4 @@ def pruned_leaves(experiment: Experiment, params: PyTree) -> list[Array]:
     """The parameters that are pruned; [] for the dense twin."""
     if not experiment.config.sparsity:
         return []
-    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(experiment.prunable), strict=True)
-    return [leaf for leaf, selected in leaves if selected]
+    return selected(params, experiment.prunable)

@@ -15,7 +15,7 @@ from train.experiment import TrainState
 from train.models.pretrained import LAYOUTS, translate
 from train.models.vit import ViT, resize_positions
 from train.store import checkpoint, tensors
-from train.store.leaves import matched, named_leaves
+from train.store.leaves import matched
 
 _POSITIONS = "params/positions"
 
@@ -47,7 +47,7 @@ def with_variables_of(
         unknown or of another shape.
     """
     wanted = {"params": state.params, "batch_stats": state.batch_stats}
-    names, found = named_leaves(wanted), _read(source, model, say)
+    names, found = feather.named_leaves(wanted), _read(source, model, say)
     if isinstance(model, ViT):
         _resize_positions(found, names, source, say)
     left = {
@@ -126,7 +126,7 @@ def _read_file(source: pathlib.Path, model: nn.Module) -> dict[str, Any]:
     try:
         state_dict = tensors.read(source)
         if state_dict is None:
-            return named_leaves(feather.load(source))
+            return feather.named_leaves(feather.load(source))
     except (ValueError, OSError) as error:
         raise UserError(f"config.init_from: {error}") from error
     layouts = LAYOUTS.get(type(model))

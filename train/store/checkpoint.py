@@ -12,9 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+import feather_jax as feather
 from train import parallel
 from train.errors import StorageError, UserError, writing
-from train.store.leaves import matched, named_leaves
+from train.store.leaves import matched
 
 ARRAYS = ("variables", "optimizer")
 """A checkpoint's items of arrays: the dense weights with the running statistics, and the rest."""
@@ -69,7 +70,7 @@ class Checkpoints:
         """
         # A copy: on CPU, device_get gives a view of what the next step overwrites.
         items = jax.tree.map(np.array, jax.device_get(dict(items)))
-        leaves = named_leaves(items)
+        leaves = feather.named_leaves(items)
         check_finite(leaves)
         step = int(leaves[_STEP])
         info = info | {"digests": digests(leaves)}
@@ -214,7 +215,7 @@ def read(
             raise Damaged("its info is not what was saved, by its CRC-32")
         saved = {name: int(digest) for name, digest in info["digests"].items()}
         for item in items:
-            leaves |= named_leaves({item: _read_arrays(checkpoint / item)})
+            leaves |= feather.named_leaves({item: _read_arrays(checkpoint / item)})
     except Damaged:
         raise
     except Exception as error:  # of many types: damage meets Orbax, TensorStore, JSON and us

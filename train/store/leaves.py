@@ -1,4 +1,4 @@
-"""The arrays of a pytree by their names, and whether two of them are of the same network."""
+"""Arrays by their names, and whether they are those of a network."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+import feather_jax as feather
 from train.errors import UserError
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths, such as `variables/params/head/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def matched(
@@ -32,7 +27,7 @@ def matched(
     Raises:
       UserError: a name is missing or unknown, or a shape or dtype is another.
     """
-    wanted = named_leaves(like)
+    wanted = feather.named_leaves(like)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             difference = f"has no {name}, which the model needs"
@@ -54,3 +49,9 @@ def matched(
 def _fits(found: Any, wanted: Any, cast: bool) -> bool:
     both_floats = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (found, wanted))
     return found.shape == wanted.shape and (found.dtype == wanted.dtype or (cast and both_floats))
+
+
+def selected(tree: PyTree, mask: PyTree[bool]) -> list[Any]:
+    """The leaves that a mask of the same structure selects, in the order of `jax.tree.leaves`."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(mask), strict=True)
+    return [leaf for leaf, chosen in leaves if chosen]

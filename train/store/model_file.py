@@ -11,8 +11,7 @@ import pydantic
 from jaxtyping import Array, Float, PyTree, UInt8
 from pydantic import Field
 
-from feather_jax import compact
-from feather_jax.summary import Summary
+import feather_jax as feather
 from train import models
 from train.config import Dtype, Named
 from train.data import augment
@@ -21,7 +20,7 @@ from train.errors import UserError, writing
 from train.experiment import Experiment, initial_variables, usable_dtype
 from train.fields import Checked, Count
 from train.models.calling import call_arguments
-from train.store.leaves import matched, named_leaves
+from train.store.leaves import matched
 
 VERSION = 1
 
@@ -118,7 +117,7 @@ def save(
     path: pathlib.Path,
     built: Experiment,
     variables: PyTree,
-    counts: Summary,
+    counts: feather.Summary,
     evaluation: Mapping[str, float],
 ) -> None:
     """Writes a model file (see `feather_jax.save`).
@@ -154,7 +153,7 @@ def save(
         ),
     )
     with writing(path):
-        compact.save(path, jax.device_get(variables), metadata.model_dump(mode="json"))
+        feather.save(path, jax.device_get(variables), metadata.model_dump(mode="json"))
 
 
 def load(path: pathlib.Path, *, allow_import: bool = False) -> SavedModel:
@@ -171,8 +170,8 @@ def load(path: pathlib.Path, *, allow_import: bool = False) -> SavedModel:
         of the network that it names, or it computes in float64 and JAX does not.
     """
     try:
-        metadata = _parse(path, compact.load_metadata(path))
-        variables = compact.load(path)
+        metadata = _parse(path, feather.load_metadata(path))
+        variables = feather.load(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
@@ -220,5 +219,5 @@ def _fitting(model: SavedModel) -> PyTree:
     except UserError as error:
         raise UserError(f"{model.path} does not fit its own network: {error}") from error
     where = f"{model.path}, which says that it is of a {model.metadata.model['name']},"
-    found = named_leaves(model.variables)
+    found = feather.named_leaves(model.variables)
     return matched(found, wanted, where, "save the model again", cast=True)

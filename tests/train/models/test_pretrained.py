@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import feather_jax as feather
 from train import models
 from train.experiment import TrainState
 from train.models.pretrained import LAYOUTS, translate
 from train.models.vit import resize_positions
 from train.run.init_from import with_variables_of
-from train.store.leaves import named_leaves
 
 # The names and shapes of torchvision 0.29.1's and timm 1.0.31's own state dicts.
 STATE_DICTS = json.loads((pathlib.Path(__file__).parent / "state_dicts.json").read_text())
@@ -41,7 +41,7 @@ def test_every_name_has_its_place(name):
     found = min(translated, key=lambda it: len(it.unknown))
     assert not found.unknown
     state = abstract_state(model, 224)
-    wanted = named_leaves({"params": state.params, "batch_stats": state.batch_stats})
+    wanted = feather.named_leaves({"params": state.params, "batch_stats": state.batch_stats})
     assert {key: leaf.shape for key, leaf in found.leaves.items()} == {
         key: leaf.shape for key, leaf in wanted.items()
     }
