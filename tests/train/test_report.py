@@ -266,7 +266,7 @@ def test_another_models_checkpoint_is_one_sentence(finished_run, tmp_path, capsy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_file, "load", lambda path: saved)
         with pytest.raises(
-            UserError, match=r"no variables/params/stem/kernel of shape \(3, 3, 1, 5"
+            UserError, match=r"stem/kernel as .*, and the model as float32\[3, 3, 1, 5"
         ):
             report.trained_params(read_run(run))
 

@@ -70,6 +70,8 @@ def noise():
         eval_preprocess=lambda images: images / 255,
         mean=(0.0,),
         std=(1.0,),
+        eval_image=lambda number: global_batch(0)["image"][number],
+        eval_name=str,
     )
 
 

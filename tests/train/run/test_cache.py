@@ -1,4 +1,4 @@
-"""The compilation cache: where it lives, and that an unreadable entry is written anew."""
+"""The compilation cache: where it lives, and what cannot be read or written."""
 
 import os
 import pathlib
@@ -48,20 +48,15 @@ def run(folder: pathlib.Path) -> tuple[int, int, str]:
 
 
 @pytest.mark.slow
-def test_unreadable_entries_are_deleted_and_rewritten(tmp_path):
+def test_an_unreadable_entry_costs_a_compilation_and_no_more(tmp_path):
     run(tmp_path)
     entries = sorted((tmp_path / "feather_jax" / "xla").glob("jit_the_program-*-cache"))
-    whole = [entry.read_bytes() for entry in entries]
     assert entries
-    for damaged in (b"", b"garbage", None):  # None cuts an entry in the middle
-        for entry, data in zip(entries, whole, strict=True):
-            entry.write_bytes(data[: len(data) // 2] if damaged is None else damaged)
-        hits_before, misses, stderr = run(tmp_path)
-        assert misses == len(entries)
-        assert stderr == ""
-        assert all(entry.stat().st_size > 100 for entry in entries)
-    hits, misses, stderr = run(tmp_path)
-    assert (hits - hits_before, misses, stderr) == (len(entries), 0, "")
+    for entry in entries:
+        entry.write_bytes(b"garbage")
+    _, misses, stderr = run(tmp_path)
+    assert misses == len(entries)
+    assert "Error reading persistent compilation cache entry for 'jit_the_program'" in stderr
 
 
 @pytest.mark.slow
