@@ -5,6 +5,7 @@ A `Node` is an operation applied to other nodes; its shape and dtype follow from
 channels]. `feather_jax.cpu.interpret` says in NumPy what every operation means.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -317,6 +318,12 @@ def transpose(x: Node, permutation: tuple[int, ...], name: str = "") -> Node:
     return Node(Transpose(permutation), (x,), name)
 
 
+def keeps_order(permutation: Sequence[int], shape: Shape) -> bool:
+    """Whether a transpose of an array of `shape` moves nothing but axes of size 1."""
+    moved = [axis for axis in permutation if shape[axis] != 1]
+    return moved == sorted(moved)
+
+
 def broadcast(x: Node, shape: Shape, name: str = "") -> Node:
     return x if x.shape == shape else Node(Broadcast(shape), (x,), name)
 
@@ -347,24 +354,26 @@ class Graph:
                 stack += waiting
         return tuple(order)
 
-    def users(self) -> dict[Node, list[Node]]:
-        """The nodes that each node is an input of, once for each time."""
-        users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
-        for node in users:
-            for each in node.inputs:
-                users[each].append(node)
-        return users
+    def uses(self) -> collections.Counter[Node]:
+        """How often each node is an input of another, or a result."""
+        counts = collections.Counter(self.outputs)
+        for node in self.nodes:
+            counts.update(node.inputs)
+        return counts
 
-    def rewrite(self, rule: Callable[[Node], Node]) -> "Graph":
-        """The graph of rule(node) for each node, in order, its inputs having been replaced."""
+    def rewrite(self, rule: Callable[[Node, Node], Node]) -> "Graph":
+        """The graph of rule(node, old) for each node `old`, in order.
+
+        `node` is `old` of the inputs that took the old ones' place, and itself where none did; what
+        the rule returns has its shape and dtype.
+        """
         new = {node: node for node in self.inputs}
-        for node in self.nodes[len(self.inputs) :]:
-            inputs = tuple(new[each] for each in node.inputs)
-            result = rule(
-                node if inputs == node.inputs else Node(node.operation, inputs, node.name)
-            )
+        for old in self.nodes[len(self.inputs) :]:
+            inputs = tuple(new[each] for each in old.inputs)
+            node = old if inputs == old.inputs else Node(old.operation, inputs, old.name)
+            result = rule(node, old)
             assert (result.shape, result.dtype) == (node.shape, node.dtype), (node, result)
-            new[node] = result
+            new[old] = result
         return Graph(self.inputs, tuple(new[node] for node in self.outputs))
 
     def __str__(self) -> str:

@@ -194,7 +194,7 @@ def _convolution(op: Convolution, x: Array, residual: Array | None = None) -> Ar
     result = np.empty((*space, op.groups, features))
     for group in range(op.groups):
         own = windows[..., group * inputs : (group + 1) * inputs]
-        result[..., group, :] = _product(own.reshape(*space, -1), weights[:, group])
+        result[..., group, :] = _product(own.reshape(*space, len(weights)), weights[:, group])
     result = result.reshape(*space, outputs)
     if op.bias is not None:
         result = result + op.bias

@@ -8,6 +8,7 @@ their results are the graph's constants. The other equations become nodes, by th
 import dataclasses
 import functools
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -94,7 +95,8 @@ class _Place:
 
     def within(self, eqn: JaxprEqn) -> "_Place":
         """The place of an equation of a jaxpr that was called here."""
-        layer = "/".join(filter(None, (self.layer, str(eqn.source_info.name_stack))))
+        own = re.sub(r"\b\w+\(|\)", "", str(eqn.source_info.name_stack))  # vmap(layer)
+        layer = "/".join(filter(None, (*self.layer.split("/"), *own.split("/"))))
         frames: list[Any] = getattr(eqn.source_info.traceback, "frames", [])
         for frame in frames:
             if not frame.file_name.startswith(_LIBRARIES):

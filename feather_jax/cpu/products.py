@@ -15,6 +15,7 @@ from feather_jax.cpu.graph import (
     Pad,
     Pool,
     Shape,
+    keeps_order,
     reshape,
     transpose,
 )
@@ -30,18 +31,50 @@ def dot(eqn: Equation, left: Node, right: Node) -> Node:
         value = left.operation.value
         return _dense(eqn, right, value, contracted[::-1], batched[::-1], swapped=True)
 
+    plain, swapped = (
+        (left, right, contracted, batched),
+        (right, left, contracted[::-1], batched[::-1]),
+    )
+    if _moved(*swapped) >= _moved(*plain):
+        return reshape(_matmul(*plain, eqn.name), eqn.shape, eqn.name)
+    # [batch, free of the right, free of the left], with these two to be swapped.
+    product = transpose(_matmul(*swapped, eqn.name), (0, 2, 1), eqn.name)
+    return reshape(product, eqn.shape, eqn.name)
+
+
+def _orders(
+    left: Node, right: Node, contracted: Sequence[Sequence[int]], batched: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How both sides' axes are to be ordered: [batch, free, inner] and [batch, inner, free]."""
     (left_inner, right_inner), (left_batch, right_batch) = contracted, batched
     left_free = _others(left.shape, left_inner, left_batch)
     right_free = _others(right.shape, right_inner, right_batch)
-    batch = math.prod(left.shape[axis] for axis in left_batch)
-    inner = math.prod(left.shape[axis] for axis in left_inner)
-    rows = math.prod(left.shape[axis] for axis in left_free)
-    columns = math.prod(right.shape[axis] for axis in right_free)
-    left = transpose(left, (*left_batch, *left_free, *left_inner), eqn.name)
-    right = transpose(right, (*right_batch, *right_inner, *right_free), eqn.name)
-    left = reshape(left, (batch, rows, inner), eqn.name)
-    right = reshape(right, (batch, inner, columns), eqn.name)
-    return reshape(Node(MatMul(), (left, right), eqn.name), eqn.shape, eqn.name)
+    return (*left_batch, *left_free, *left_inner), (*right_batch, *right_inner, *right_free)
+
+
+def _moved(
+    left: Node, right: Node, contracted: Sequence[Sequence[int]], batched: Sequence[Sequence[int]]
+) -> int:
+    """How many elements must be transposed for a matmul."""
+    orders = _orders(left, right, contracted, batched)
+    sides = zip((left, right), orders, strict=True)
+    return sum(math.prod(x.shape) for x, order in sides if not keeps_order(order, x.shape))
+
+
+def _matmul(
+    left: Node,
+    right: Node,
+    contracted: Sequence[Sequence[int]],
+    batched: Sequence[Sequence[int]],
+    name: str,
+) -> Node:
+    batch = math.prod(left.shape[axis] for axis in batched[0])
+    inner = math.prod(left.shape[axis] for axis in contracted[0])
+    rows, columns = (math.prod(each.shape) // max(1, batch * inner) for each in (left, right))
+    first, second = _orders(left, right, contracted, batched)
+    left = reshape(transpose(left, first, name), (batch, rows, inner), name)
+    right = reshape(transpose(right, second, name), (batch, inner, columns), name)
+    return Node(MatMul(), (left, right), name)
 
 
 def _dense(
