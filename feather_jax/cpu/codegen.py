@@ -35,6 +35,12 @@ from feather_jax.cpu.tiled import (
     emit_reduce,
 )
 from feather_jax.cpu.tiles import LINE
+from feather_jax.cpu.transpose import (
+    RowsToTiles,
+    TilesToRows,
+    emit_rows_to_tiles,
+    emit_tiles_to_rows,
+)
 
 ENTRY = "feather_run"
 
@@ -61,6 +67,8 @@ _EMITTERS: dict[type, Callable[[Code, Any], ir.Function]] = {
     ToRows: emit_to_rows,
     Halo: emit_halo,
     Retile: emit_retile,
+    RowsToTiles: emit_rows_to_tiles,
+    TilesToRows: emit_tiles_to_rows,
     Copy: emit_copy,
 }
 

@@ -12,6 +12,7 @@ from feather_jax.cpu.graph import Input, Node, Operation, Shape
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles
 from feather_jax.cpu.tiled import TiledElementwise, TiledPool, TiledReduce
 from feather_jax.cpu.tiles import LINE
+from feather_jax.cpu.transpose import RowsToTiles, TilesToRows
 from feather_jax.summary import format_table
 
 
@@ -68,6 +69,8 @@ Kernel = (
     | ToRows
     | Halo
     | Retile
+    | RowsToTiles
+    | TilesToRows
     | RowsKernel
     | Copy
 )
@@ -167,9 +170,9 @@ def describe(kernel: Kernel) -> str:
             return f"reduce {kind}"
         case TiledElementwise(y=y, steps=steps):
             return f"{' '.join(step.function for step in steps) or 'copy'}, {y}"
-        case ToTiles(y):
+        case ToTiles(y) | RowsToTiles(y):
             return f"to {y}"
-        case ToRows():
+        case ToRows() | TilesToRows():
             return "to rows"
         case Halo():
             return "halo"

@@ -37,6 +37,7 @@ from feather_jax.cpu.plan import Array, Copy, Kernel, Place, Plan, RowsKernel, S
 from feather_jax.cpu.target import Target
 from feather_jax.cpu.tiled import TiledElementwise, TiledPool, TiledReduce
 from feather_jax.cpu.tiles import LINE, NO_HALO, Tiles, mask_of
+from feather_jax.cpu.transpose import RowsToTiles, TilesToRows, has_squares, tile_rows
 
 # From this share of non-zeros on, a product with a vector takes the whole matrix.
 DENSE_PRODUCT = 0.3
@@ -215,8 +216,11 @@ class _Planner:
         """A node's result by rows."""
         if node not in self._rows:
             x, tiles = self._new_tiled(node)
-            table = self.weights.add(pixels(tiles))
-            self._step(node, ToRows(tiles), [self._new_rows(node), x, table])
+            kernel: Kernel = ToRows(tiles)
+            table = pixels(tiles)
+            if has_squares(tiles):
+                kernel, table = TilesToRows(tiles), tile_rows(tiles)
+            self._step(node, kernel, [self._new_rows(node), x, self.weights.add(table)])
         return self._rows[node]
 
     def _in_tiles(self, node: Node, need: Need) -> tuple[_Operand, Tiles]:
@@ -230,9 +234,14 @@ class _Planner:
                 operand: _Operand = self._new(tiles.nbytes)
                 self._step(node, Retile(old, tiles), [operand, x])
             else:
-                x, table = self._in_rows(node), self.weights.add(places(tiles))
-                operand = self._new(tiles.nbytes)
-                self._step(node, ToTiles(tiles), [operand, x, table])
+                x, operand = self._in_rows(node), self._new(tiles.nbytes)
+                if has_squares(tiles):
+                    table = self.weights.add(tile_rows(tiles))
+                    self._step(node, RowsToTiles(tiles), [operand, x, table])
+                    self._fill_halo(node, operand, tiles)
+                else:
+                    table = self.weights.add(places(tiles))
+                    self._step(node, ToTiles(tiles), [operand, x, table])
             self._tiled[node, tiles] = operand, tiles
         return self._tiled[node, tiles]
 

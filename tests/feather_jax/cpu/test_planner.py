@@ -28,6 +28,7 @@ from feather_jax.cpu.interpret import interpret
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles
 from feather_jax.cpu.planner import make_plan
 from feather_jax.cpu.target import host
+from feather_jax.cpu.transpose import RowsToTiles, TilesToRows
 
 SAME = ((1, 1), (1, 1))
 rng = np.random.default_rng(0)
@@ -156,7 +157,7 @@ def test_concatenation_lies_where_its_parts_are_written():
     out = conv(z, 4)
     plan, _ = make_plan(Graph((Graph((), (out,)).nodes[0],), (out,)), host())
     moves = [step.kernel for step in plan.steps if not isinstance(step.kernel, SparseConvolution)]
-    assert {type(kernel) for kernel in moves} <= {Halo, ToTiles, ToRows}
+    assert {type(kernel) for kernel in moves} <= {Halo, ToTiles, ToRows, RowsToTiles, TilesToRows}
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
