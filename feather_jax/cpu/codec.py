@@ -8,7 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from feather_jax.cpu import convolution, dense, graph, layouts, plan, target, tiled, tiles
+from feather_jax.cpu import (
+    convolution,
+    dense,
+    graph,
+    layouts,
+    plan,
+    target,
+    tiled,
+    tiles,
+    transpose,
+)
 
 KIND = "$"
 
@@ -16,12 +26,13 @@ CLASSES: dict[str, type] = {
     f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}": kind
     for kind in (
         *(dense.SparseProduct, dense.DenseProduct),
-        *(graph.Broadcast, graph.Concatenate, graph.Elementwise, graph.MatMul, graph.Pad),
-        *(graph.Pool, graph.Reduce, graph.Reshape, graph.Slice, graph.Step, graph.Transpose),
+        *(graph.Broadcast, graph.Concatenate, graph.Elementwise, graph.Literal, graph.MatMul),
+        *(graph.Pad, graph.Pool, graph.Reduce, graph.Reshape, graph.Slice, graph.Step),
         *(layouts.ToTiles, layouts.ToRows, layouts.Halo, layouts.Retile),
         *(plan.Array, plan.Copy, plan.Place, plan.Plan, plan.RowsKernel, plan.Step),
-        *(convolution.SparseConvolution, target.Target, tiles.Tiles),
+        *(graph.Transpose, convolution.SparseConvolution, target.Target, tiles.Tiles),
         *(tiled.TiledPool, tiled.TiledReduce, tiled.TiledElementwise),
+        *(transpose.RowsToTiles, transpose.TilesToRows),
     )
 }
 """The dataclasses that a file may hold, by the names that it has for them."""

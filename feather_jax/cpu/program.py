@@ -18,6 +18,7 @@ from feather_jax.cpu.planner import make_plan
 from feather_jax.cpu.profile import Profile, profile
 from feather_jax.cpu.saved import read_program, write_program
 from feather_jax.cpu.signature import Signature, signature_of
+from feather_jax.cpu.simplify import simplify
 from feather_jax.cpu.target import Target, host
 
 # Below this many multiply-accumulates threads cost more than they save: about 0.1 ms of work.
@@ -179,9 +180,10 @@ def compile(fn: Callable[..., Any], *examples: Any, threads: int = 1) -> Program
 
 def plan_for(lowered: Lowered, target: Target, threads: int = 1) -> tuple[Plan, np.ndarray]:
     """The plan of a lowered function and its weights; small functions get one thread."""
-    plan, weights = make_plan(lowered.graph, target, threads)
+    graph = simplify(lowered.graph)
+    plan, weights = make_plan(graph, target, threads)
     if threads > 1 and plan.macs < WORTH_THREADS:
-        return make_plan(lowered.graph, target)
+        return make_plan(graph, target)
     return plan, weights
 
 
