@@ -276,12 +276,15 @@ def test_a_label_without_kernels_is_not_pruned():
     assert zeros(train(tx)[0]) == ZEROS
 
 
-@pytest.mark.parametrize("after", [optax.scale(0.5), optax.add_decayed_weights(-1e-3)])
+PLATEAU = optax.contrib.reduce_on_plateau(patience=1, rtol=1.0, factor=0.5)
+
+
+@pytest.mark.parametrize("after", [optax.scale(0.5), optax.add_decayed_weights(-1e-3), PLATEAU])
 def test_what_comes_after_it_undoes_the_zeros(after):
     """Documented: it comes last. Inside, the same parts are right."""
-    lost, _, _ = train(optax.chain(PRUNE.wrap(SGD), after))
+    lost, _, _ = train(optax.chain(PRUNE.wrap(SGD), after), extra_args=LOSS)
     assert zeros(lost) < ZEROS / 2
-    params, state, _ = train(PRUNE.wrap(optax.chain(SGD, after)))
+    params, state, _ = train(PRUNE.wrap(optax.chain(SGD, after)), extra_args=LOSS)
     assert_sparse(params, state)
 
 
