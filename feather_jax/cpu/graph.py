@@ -21,8 +21,8 @@ FLOAT32 = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Literal:
-    """A number in an expression; a class of its own, as np.float32(1) equals the operand 1."""
+class Literal:  # not a bare scalar, as np.float32(1) equals the operand 1
+    """A number in an expression."""
 
     value: np.generic
 
@@ -155,8 +155,7 @@ class Reduce:
 class Elementwise:
     """An expression over the elements of its inputs, which broadcast as NumPy's do.
 
-    Attributes:
-      steps: the last one's result is the node's; the inputs are the arguments.
+    The inputs are the arguments of the steps, and the last step's result is the node's.
     """
 
     steps: Steps
@@ -286,13 +285,13 @@ class Node:
         match self.operation:
             case Elementwise(steps):
                 return " ".join(step.function for step in steps)
-            case Pool(kind) | Reduce(kind):
-                return f"{type(self.operation).__name__.lower()} {kind}"
-            case Convolution(activation=activation):
-                parts = ["convolution", *(step.function for step in activation)]
-                return " ".join(parts)
+            case Pool(detail) | Reduce(detail):
+                pass
+            case Convolution(activation=steps):
+                detail = " ".join(step.function for step in steps)
             case _:
-                return type(self.operation).__name__.lower()
+                detail = ""
+        return f"{type(self.operation).__name__.lower()} {detail}".rstrip()
 
 
 def constant(value: np.ndarray | np.generic, name: str = "") -> Node:
@@ -318,12 +317,6 @@ def transpose(x: Node, permutation: tuple[int, ...], name: str = "") -> Node:
     return Node(Transpose(permutation), (x,), name)
 
 
-def keeps_order(permutation: Sequence[int], shape: Shape) -> bool:
-    """Whether a transpose of an array of `shape` moves nothing but axes of size 1."""
-    moved = [axis for axis in permutation if shape[axis] != 1]
-    return moved == sorted(moved)
-
-
 def broadcast(x: Node, shape: Shape, name: str = "") -> Node:
     return x if x.shape == shape else Node(Broadcast(shape), (x,), name)
 
@@ -342,7 +335,7 @@ class Graph:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """All that the outputs depend on, inputs first, each node after its own inputs."""
+        """All that the outputs depend on, inputs first, each after those that it depends on."""
         order = dict.fromkeys(self.inputs)
         stack = list(reversed(self.outputs))
         while stack:
@@ -364,8 +357,7 @@ class Graph:
     def rewrite(self, rule: Callable[[Node, Node], Node]) -> "Graph":
         """The graph of rule(node, old) for each node `old`, in order.
 
-        `node` is `old` of the inputs that took the old ones' place, and itself where none did; what
-        the rule returns has its shape and dtype.
+        `node` is `old` of the inputs that took its own's place; the rule keeps shape and dtype.
         """
         new = {node: node for node in self.inputs}
         for old in self.nodes[len(self.inputs) :]:

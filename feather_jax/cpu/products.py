@@ -15,10 +15,10 @@ from feather_jax.cpu.graph import (
     Pad,
     Pool,
     Shape,
-    keeps_order,
     reshape,
     transpose,
 )
+from feather_jax.cpu.sink import keeps_order
 
 
 def dot(eqn: Equation, left: Node, right: Node) -> Node:
@@ -37,9 +37,12 @@ def dot(eqn: Equation, left: Node, right: Node) -> Node:
     )
     if _moved(*swapped) >= _moved(*plain):
         return reshape(_matmul(*plain, eqn.name), eqn.shape, eqn.name)
-    # [batch, free of the right, free of the left], with these two to be swapped.
-    product = transpose(_matmul(*swapped, eqn.name), (0, 2, 1), eqn.name)
-    return reshape(product, eqn.shape, eqn.name)
+    batch, left_free = len(batched[0]), len(left.shape) - len(contracted[0])
+    right_free = len(eqn.shape) - left_free
+    shape = (*eqn.shape[:batch], *eqn.shape[left_free:], *eqn.shape[batch:left_free])
+    product = reshape(_matmul(*swapped, eqn.name), shape, eqn.name)
+    behind = range(batch + right_free, len(shape))
+    return transpose(product, (*range(batch), *behind, *range(batch, batch + right_free)), eqn.name)
 
 
 def _orders(

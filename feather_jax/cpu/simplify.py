@@ -27,7 +27,6 @@ from feather_jax.cpu.graph import (
     Transpose,
     broadcast,
     constant,
-    keeps_order,
     reshape,
     transpose,
 )
@@ -103,7 +102,7 @@ def _tidied(node: Node) -> Node:
             if isinstance(x.operation, Transpose):
                 inner = x.operation.permutation
                 x, permutation = x.inputs[0], tuple(inner[axis] for axis in permutation)
-            if keeps_order(permutation, x.shape):
+            if sink.keeps_order(permutation, x.shape):
                 return reshape(x, node.shape, name)
             return node if x is node.inputs[0] else transpose(x, permutation, name)
         case Broadcast(shape):

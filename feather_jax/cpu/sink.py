@@ -23,7 +23,6 @@ from feather_jax.cpu.graph import (
     Slice,
     Transpose,
     constant,
-    keeps_order,
     reshape,
     transpose,
 )
@@ -40,6 +39,12 @@ def sink_layouts(graph: Graph) -> Graph:
         return node
 
     return graph.rewrite(rule)
+
+
+def keeps_order(permutation: Sequence[int], shape: Shape) -> bool:
+    """Whether a transpose of an array of `shape` moves nothing but axes of size 1."""
+    moved = [axis for axis in permutation if shape[axis] != 1]
+    return moved == sorted(moved)
 
 
 def _behind_transpose(node: Node) -> Node:
