@@ -32,8 +32,10 @@ import numpy as np
 from jax import lax
 
 from benchmarks.common import append_result, print_table
-from feather_jax import selection
+from feather_jax.rank import ranks
+from feather_jax.search import order_statistics
 from feather_jax.selection import global_threshold
+from feather_jax.survey import Leaf, put_together
 from train import models
 
 MODELS: dict[str, tuple[dict[str, Any], tuple[int, int], int]] = {
@@ -108,9 +110,9 @@ def threshold(leaves: Leaves, sparsity: jax.Array) -> jax.Array:
 
 @jax.jit
 def passes(leaves: Leaves, sparsity: jax.Array) -> jax.Array:
-    size = sum(leaf.size for leaf in leaves)
-    rank = selection._traced_rank(sparsity, size, jnp.float32)
-    return selection._search(leaves, rank.floor, jnp.float32).rounds
+    rows, _ = put_together([Leaf(leaf, (0,), 1, ()) for leaf in leaves], apart=False)
+    rank = ranks([sparsity], [sum(leaf.size for leaf in leaves)], jnp.float32)
+    return order_statistics(rows, rank.floor, jnp.float32)[1]
 
 
 def magnitudes(leaves: Leaves) -> jax.Array:

@@ -1,7 +1,5 @@
 """The threshold equals, bit by bit, the one that sorting gives."""
 
-from fractions import Fraction
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,38 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from feather_jax import selection
+from feather_jax import selection, survey
 from feather_jax.selection import global_threshold
-
-# Whether a comparison takes a denormal for zero: on CPU it does, on a GPU it does not.
-FLUSHES = not jax.jit(lambda x: x > 0)(np.float32(1e-45))
-
-
-def flush(x):
-    return np.where(FLUSHES & (np.abs(x) < np.finfo(x.dtype).tiny), x.dtype.type(0), x)[()]
-
-
-def sorted_threshold(arrays, sparsity, *, exact=False):
-    """The interpolated quantile of DESIGN.md, from NumPy's sort and exact fractions."""
-    dtype = np.result_type(np.float32, *(a.dtype for a in arrays if a.dtype.itemsize >= 4))
-    # A float32 that is a denormal counts as zero also where it would be none as a float64.
-    arrays = [flush(a) if a.dtype == np.float32 else a for a in arrays]
-    magnitudes = np.sort(np.concatenate([np.abs(a.astype(dtype)).ravel() for a in arrays]))
-    last = magnitudes.size - 1
-    if np.isnan(magnitudes[-1]):
-        return dtype.type(np.nan)
-    if sparsity <= 0:
-        return dtype.type(0)
-    position = Fraction(float(sparsity)) * last if exact else np.float64(sparsity) * last
-    floor = int(position)
-    lo, hi = flush(magnitudes[floor]), flush(magnitudes[min(floor + 1, last)])
-    # A float64 holds the fraction of a float32 times an integer below 2**29.
-    fraction = flush(dtype.type(float(position - floor)))
-    if lo == hi or fraction == 0:
-        return lo
-    with np.errstate(over="ignore"):
-        between = flush(lo + flush(flush(hi - lo) * fraction))
-    return flush(min(between, np.nextafter(hi, lo)))
+from tests.feather_jax.sorting import ADVERSARIAL, flush, sorted_threshold
 
 
 def assert_same_bits(actual, expected):
@@ -107,39 +76,6 @@ def test_equals_sorting_over_mixed_dtypes(half, brain, single, sparsity):
     check([half, brain, single], sparsity)
 
 
-def adversarial():
-    rng = np.random.default_rng(0)
-    size = 300_000
-    normal = rng.standard_normal(size, dtype=np.float32)
-    cluster = 1 + rng.random(size, dtype=np.float32) * 1e-3
-    stride = size // selection._LEAST_SAMPLE | 1
-    lying = normal.copy()
-    lying[::stride] = 1e6
-    return {
-        "normal": normal,
-        "all zero": np.zeros(size, np.float32),
-        "all equal": np.full(size, -0.1, np.float32),
-        "half zero": np.where(rng.random(size) < 0.5, 0, normal).astype(np.float32),
-        "few values": rng.integers(0, 5, size).astype(np.float32),
-        "ternary": rng.choice(np.array([-1, 0, 1], np.float32), size, p=[0.05, 0.9, 0.05]),
-        "two clusters": np.where(rng.random(size) < 0.9, cluster, 1000 * cluster),
-        "two rounding errors": np.where(rng.random(size) < 0.9, 0.1, np.nextafter(0.1, 1)),
-        "sample of outliers": lying,
-        "alternating": np.where(np.arange(size) % stride == 0, 1e-6, normal),
-        "every magnitude": np.exp(rng.uniform(-103, 88, size)),
-        "every bit pattern": rng.integers(0, 0x7F800000, size, np.uint32).view(np.float32),
-        "infinities": np.where(rng.random(size) < 0.3, np.inf, normal),
-        "sorted": np.sort(np.abs(normal)),
-        "one outlier": np.where(np.arange(size) == 7, np.finfo(np.float32).max, 1e-30),
-        "consecutive floats": np.arange(0x3F000000, 0x3F000000 + size, dtype=np.uint32).view("f4"),
-        "doubling gaps": np.ldexp(1.0, rng.integers(-126, 127, size)),
-        "one NaN": np.where(np.arange(size) == size // 2, np.nan, normal),
-    }
-
-
-ADVERSARIAL = {name: array.astype(np.float32) for name, array in adversarial().items()}
-
-
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_equals_sorting_for_adversarial_weights(name):
     array = ADVERSARIAL[name]
@@ -153,29 +89,6 @@ def test_equals_sorting_for_adversarial_weights(name):
         check([array], np.clip(sparsity, 0, 1 - 2**-24))
 
 
-@jax.jit
-def rounds(array, rank):
-    return selection._search([array], rank, jnp.float32).rounds
-
-
-@pytest.mark.parametrize("name", ADVERSARIAL)
-def test_search_ends_soon_for_adversarial_weights(name):
-    array = ADVERSARIAL[name]
-    ranks = np.linspace(0, array.size - 1, 23).astype(np.uint32)
-    taken = np.array([rounds(array, rank) for rank in ranks])
-    # Five rounds, then every other one divides the 31 bits by four.
-    assert taken.max() <= 5 + 2 * 16
-    if name in ("normal", "sorted"):
-        assert taken.mean() <= 5
-    if name in ("all zero", "all equal", "few values", "ternary"):
-        assert taken.max() <= 4
-
-
-def test_search_ends_soon_where_the_sample_is_everything():
-    array = np.random.default_rng(1).standard_normal(1000, dtype=np.float32)
-    assert max(int(rounds(array, np.uint32(rank))) for rank in range(0, 1000, 50)) <= 4
-
-
 def test_thousand_sizes_and_sparsities_prune_the_promised_number():
     rng = np.random.default_rng(2)
     for size in [1, 2, 5, 17, 100, 999, 1000, 4097, 10_001, 65_536]:
@@ -186,13 +99,15 @@ def test_thousand_sizes_and_sparsities_prune_the_promised_number():
             assert pruned == int(np.floor((size - 1) * sparsity)) + 1, (size, sparsity)
 
 
-@pytest.fixture(params=[0, 1000, 2**18])
+@pytest.fixture(params=[None, 0, 1000, 2**18])
 def small_leaf(request, monkeypatch):
-    """All leaves surveyed apart, the smaller ones joined, all joined."""
-    monkeypatch.setattr(selection, "_SMALL_LEAF", request.param)
-    selection._order_statistics.clear_cache()
+    """As if leaves might be spread over devices, or up to a size were put together."""
+    if request.param is not None:
+        monkeypatch.setattr(survey, "_is_whole", lambda leaf: True)
+        monkeypatch.setattr(survey, "_SMALL_LEAF", request.param)
+    selection._quantiles.clear_cache()
     yield
-    selection._order_statistics.clear_cache()
+    selection._quantiles.clear_cache()
 
 
 def test_order_and_division_into_leaves_do_not_matter(small_leaf):
@@ -219,40 +134,6 @@ def test_leaves_of_several_dtypes_are_one_set_of_weights(small_leaf):
     for sparsity in (0.1, 0.77, 0.98):
         found = global_threshold(arrays, sparsity, prunable=True)
         assert_same_bits(found, sorted_threshold(arrays, sparsity))
-
-
-SIZES = [1, 2, 3, 1000, 2**24 + 3, 25_502_912, 2**29 + 1, 2**31 - 1, 2**31 + 12_345, 2**32 - 1]
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_traced_rank_is_the_exact_product(size, dtype):
-    rng = np.random.default_rng(4)
-    edges = [0, 1, 1 - 2**-24, 0.5, 0.25, 2**-8, 2**-9, 2**-31, 2**-32, 2**-33, 0.1, 0.9, 2e-38]
-    sparsities = np.concatenate(
-        [edges, rng.random(300), 2 ** rng.uniform(-70, 0, 300), 1 - 2 ** rng.uniform(-24, 0, 300)]
-    ).astype(np.float32)
-    with jax.enable_x64(dtype == "float64"):
-        rank = jax.jit(lambda s: selection._traced_rank(s, size, jnp.dtype(dtype)))(sparsities)
-    for sparsity, floor, fraction in zip(sparsities, rank.floor, rank.fraction, strict=True):
-        position = Fraction(float(sparsity)) * (size - 1)
-        assert int(floor) == int(position), (size, sparsity)
-        # Rounded once: the nearest of three neighbours to the exact fraction.
-        exact = position - int(position)
-        nearest = np.asarray(float(exact)).astype(dtype)
-        candidates = [np.nextafter(nearest, -1), nearest, np.nextafter(nearest, 2)]
-        errors = [abs(Fraction(float(candidate)) - exact) for candidate in candidates]
-        assert abs(Fraction(float(fraction)) - exact) == min(errors), (size, sparsity)
-
-
-def test_number_has_the_rank_that_numpy_computes():
-    rng = np.random.default_rng(5)
-    for size in SIZES:
-        for sparsity in rng.random(100):
-            rank = selection._static_rank(sparsity, size, jnp.float32)
-            position = np.float64(sparsity) * np.float64(size - 1)
-            assert int(rank.floor) == np.floor(position)
-            assert rank.fraction == np.float32(position - np.floor(position))
 
 
 @settings(max_examples=100)
