@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,9 @@ from jaxtyping import Array, Float, PyTree, ScalarLike
 from feather_jax.masks import Mask
 from feather_jax.operator import check_exponent, sparsify
 from feather_jax.schedule import as_step, check_step, check_theta, cubic_schedule, default_theta
-from feather_jax.selection import global_threshold
+from feather_jax.selection import AxisName, global_threshold
 from feather_jax.transform import scale_pruned_gradients
 from feather_jax.wrap import wrap
-
-AxisName: TypeAlias = str | tuple[str, ...]
-"""One or several manual axes of `jax.shard_map`."""
 
 
 @dataclasses.dataclass(frozen=True)

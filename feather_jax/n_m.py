@@ -96,8 +96,7 @@ def n_m_thresholds(
             jnp.where(size > group, jnp.inf, size)
             for size, group in zip(magnitudes, groups, strict=True)
         ]
-        over = {} if axis_name is None else {"axis_name": axis_name}
-        upto = global_threshold(candidates, sparsity, prunable=True, **over)
+        upto = global_threshold(candidates, sparsity, prunable=True, axis_name=axis_name)
         groups = [jnp.minimum(group, upto.astype(group.dtype)) for group in groups]
     thresholds = [jnp.zeros((), jnp.float32) for _ in leaves]
     for (i, _), group in zip(taken, groups, strict=True):

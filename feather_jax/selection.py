@@ -1,8 +1,8 @@
 """From a sparsity to thresholds: one for all weights, or one for each layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from feather_jax.rank import Rank, ranks
 from feather_jax.search import order_statistics
 from feather_jax.survey import Leaf, put_together
 
-AxisName = str | Sequence[str] | None
+AxisName: TypeAlias = str | tuple[str, ...]
+"""One or several manual axes of `jax.shard_map`."""
 
 
 def global_threshold(
@@ -26,7 +27,7 @@ def global_threshold(
     *,
     prunable: Mask | None = None,
     magnitude: Magnitude = jnp.abs,
-    axis_name: AxisName = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """The magnitude below which the fraction `sparsity` of all prunable weights lies.
 
@@ -92,7 +93,7 @@ class Weights(NamedTuple):
 
 
 def collect(
-    params: PyTree, prunable: Mask | None, magnitude: Magnitude, axis_name: AxisName
+    params: PyTree, prunable: Mask | None, magnitude: Magnitude, axis_name: AxisName | None
 ) -> Weights:
     """The prunable leaves that hold weights.
 
@@ -118,7 +119,7 @@ def check_count(size: int) -> int:
     return size
 
 
-def _varying_axes(arrays: list[Array], axis_name: AxisName) -> tuple[tuple[str, ...], ...]:
+def _varying_axes(arrays: list[Array], axis_name: AxisName | None) -> tuple[tuple[str, ...], ...]:
     """Of each array, those of the named axes over which the devices have different parts of it."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     # A device's index varies, wherever JAX keeps track of what does.
