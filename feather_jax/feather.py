@@ -22,8 +22,12 @@ from feather_jax.wrap import wrap
 class Feather:
     """Sparse training with one threshold for all prunable weights (Feather-Global).
 
-    Example: four lines in a training script, `Feather(...)`, `scale_gradients()`, `threshold` and
-    `sparsify`.
+    Example: one line in a training script, after which its parameters are the sparse weights.
+
+      tx = feather.Feather(sparsity=0.95, end_step=total_steps // 2).wrap(optax.adamw(1e-3))
+
+    Or the pieces, where `params` are the dense weights and `prune.sparsify(params, threshold)` is
+    what is evaluated:
 
       prune = feather.Feather(sparsity=0.95, end_step=total_steps // 2)
       tx = optax.chain(prune.scale_gradients(), optax.sgd(schedule, momentum=0.9))
@@ -43,9 +47,9 @@ class Feather:
       p: the exponent of `threshold_operator`, in [1, inf].
       theta: the scale of pruned weights' gradients; None for `default_theta(sparsity)`.
       prunable: which weights may be pruned; None for `prunable_weights`.
-      select: how thresholds are selected, `select(params, sparsity, *, prunable)`, where the
-        sparsity is a number or an array, traced or not: one for all prunable weights, or a pytree
-        prefix of `params`. `functools.partial` binds what else it takes.
+      select: how thresholds are selected, `select(params, sparsity, *, prunable, magnitude,
+        axis_name)`, where the sparsity is a number or an array, traced or not: one for all prunable
+        weights, or a pytree prefix of `params`. `functools.partial` binds what else it takes.
       magnitude: by what weights are compared, as for `threshold_operator`.
 
     Raises:

@@ -45,6 +45,11 @@ def wrap(
     """`optimizer` on dense weights, for parameters that are sparse (see `Feather.wrap`)."""
     if isinstance(optimizer, optax.MultiSteps):
         raise ValueError(_MULTI_STEPS)
+    if dense_dtype is not None and not is_trainable(jax.ShapeDtypeStruct((), dense_dtype)):
+        raise ValueError(
+            "Dense weights are floating-point in at least 16 bits; dense_dtype is "
+            f"{jnp.dtype(dense_dtype).name}."
+        )
     inner = optax.with_extra_args_support(optimizer)
     scaling = prune.scale_gradients()
 
@@ -59,9 +64,8 @@ def wrap(
         if _holds_multi_steps(inner_state):
             raise ValueError(_MULTI_STEPS)
         threshold = jnp.zeros(())
-        if prune.sparsity and jax.tree.leaves(
-            dense
-        ):  # there is none in optax.tree.map_params's placeholder
+        # There is no leaf in the placeholder with which optax.tree.map_params calls this.
+        if prune.sparsity and jax.tree.leaves(dense):
             if not any(jax.tree.leaves(resolve_mask(dense, prune.prunable))):
                 raise no_prunable_weight(dense)
             threshold = prune.threshold(dense, 0, axis_name=axis_name)

@@ -1,5 +1,7 @@
 """The library inside Linen and NNX as they are: masks by layer, states, boxes and optimisers."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -308,6 +310,41 @@ def test_nnx_optimizer():
     assert cross_entropy(model(x), y) < 0.3 * losses[0]
     size = 8 * 32 + 32 * 3
     assert summarize(nnx.state(model, nnx.Param)).nonzero == size - (int(0.8 * (size - 1)) + 1)
+
+
+def test_the_pieces_in_a_stateful_nnx_model():
+    """README's way: a copy for the loss, and what it changed of its state handed out."""
+    x, y = classification()
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(8, 32, rngs=rngs), nnx.BatchNorm(32, rngs=rngs), nnx.relu
+    model = nnx.Sequential(*layers, nnx.Dropout(0.1, rngs=rngs), nnx.Linear(32, 3, rngs=rngs))
+    prune = Feather(sparsity=0.8, end_step=10)
+    tx = optax.chain(prune.scale_gradients(), optax.sgd(0.5))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        threshold = prune.threshold(params, optimizer.step[...])
+
+        def loss_fn(params):
+            net = nnx.merge(graph, prune.sparsify(params, threshold), rest, copy=True)
+            return cross_entropy(net(x), y), nnx.state(net, nnx.Not(nnx.Param))
+
+        (loss, rest), grads = nnx.value_and_grad(loss_fn, has_aux=True)(params)
+        nnx.update(model, rest)
+        optimizer.update(model, grads, threshold=threshold)
+        return loss
+
+    means, counts = [model.layers[1].mean[...].copy()], [int(model.layers[3].rngs.count[...])]
+    losses = []
+    for _ in range(20):
+        losses.append(float(train_step(model, optimizer)))
+        means.append(model.layers[1].mean[...].copy())
+        counts.append(int(model.layers[3].rngs.count[...]))
+    assert losses[-1] < losses[0]
+    assert counts == list(range(21))
+    assert all(not np.array_equal(a, b) for a, b in itertools.pairwise(means))
 
 
 def test_threshold_operator_on_one_kernel_of_an_nnx_module():

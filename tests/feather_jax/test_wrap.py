@@ -482,5 +482,8 @@ def test_errors():
         tx.update(PARAMS, tx.init(PARAMS))
     with pytest.raises(ValueError, match=r"no prunable weight among the parameters \(w\)"):
         tx.init({"w": jnp.ones((3, 3))})
+    for dtype in (jnp.int32, jnp.float8_e4m3fn):
+        with pytest.raises(ValueError, match=r"in at least 16 bits; dense_dtype is (int|float8)"):
+            PRUNE.wrap(SGD, dense_dtype=dtype)
     with pytest.raises(ValueError, match=r"\(one without a name\).*path_mask"):
         optax.flatten(PRUNE.wrap(SGD)).init(PARAMS)
