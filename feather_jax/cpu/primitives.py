@@ -154,8 +154,8 @@ def _concatenate(eqn: Equation, *operands: Node) -> Node:
 
 
 def _slice(eqn: Equation, x: Node) -> Node:
-    start = tuple(eqn.params["start_indices"])
-    stride = tuple(eqn.params["strides"] or (1,) * len(start))
+    start = tuple(map(int, eqn.params["start_indices"]))
+    stride = tuple(map(int, eqn.params["strides"] or (1,) * len(start)))
     return Node(Slice(start, eqn.shape, stride), (x,), eqn.name)
 
 
@@ -176,8 +176,9 @@ def _rev(eqn: Equation, x: Node) -> Node:
 
 
 def _pad(eqn: Equation, x: Node, value: Node) -> Node:
-    low, high, interior = zip(*eqn.params["padding_config"], strict=True)
-    padding = tuple(zip(low, high, strict=True))
+    config = [tuple(map(int, axis)) for axis in eqn.params["padding_config"]]
+    padding = tuple((low, high) for low, high, _ in config)
+    interior = tuple(inner for *_, inner in config)
     return Node(Pad(known(value).reshape(1)[0], padding, interior), (x,), eqn.name)
 
 
