@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 import feather_jax as feather
 from train import config as config_lib
 from train import experiment, parallel
+from train.backbones import Pruning
 from train.data import DataSet
 from train.data.augment import Augmentation, augment_and_normalize, normalize
 from train.experiment import TrainState
@@ -62,7 +63,7 @@ class Program:
     step: Any  # a pmapped function, which has no type that says that it can be lowered
     state: TrainState
     batch: dict[str, jax.Array]
-    prune: feather.Feather | None
+    prune: Pruning | None
 
     def lower(self) -> jax.stages.Lowered:
         return self.step.lower(self.state, self.batch)

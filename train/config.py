@@ -48,6 +48,15 @@ Patterns = Annotated[
 ]
 
 
+Block = Annotated[
+    Annotated[tuple[Count | None, ...], Field(strict=False, min_length=1)] | None,
+    Field(
+        description="a tuple of lengths along a kernel's last axes, as in (4, 1); None is a whole "
+        "axis"
+    ),
+]
+
+
 class Config(Checked):
     """One experiment: plain data, all of which `config.json` holds.
 
@@ -65,6 +74,13 @@ class Config(Checked):
       prune_end: the epoch at which it is reached; None for half of all epochs.
       p: the exponent of the thresholding operator.
       theta: the scale of pruned weights' gradients; None for `feather_jax.default_theta`.
+      backbone: what selects the thresholds, by name, with its options: "global" is one for all
+        weights, "uniform" the sparsity in every layer, "erk" Erdos-Renyi-Kernel, "macs" a budget
+        of multiply-accumulates (option `exponent`), "n_m" the `n` largest of every `m` weights
+        along the input axis, "asl" thresholds that are learned (options `weight` and
+        `learning_rate`). What `sparsity` is a fraction of is the backbone's: MACs for "macs".
+      block: the block of weights that is pruned as one, by its length along the kernel's last axes:
+        (4, 1) is 4 input channels; None for single weights.
       exclude: regular expressions over parameter paths such as `Dense_0/kernel`; a parameter that
         one of them matches in full stays dense.
       optimizer: "sgd" or "adamw".
@@ -105,6 +121,8 @@ class Config(Checked):
     prune_end: AtLeast0 | None = None
     p: Exponent = 3.0
     theta: AtLeast0 | None = None
+    backbone: Named = Field(default_factory=lambda: {"name": "global"})
+    block: Block = None
     exclude: Patterns = ()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9

@@ -15,6 +15,8 @@ import feather_jax as feather
 from train import config as config_lib
 from train import data as data_lib
 from train import models
+from train.asl import Asl
+from train.backbones import Pruning, pruning
 from train.config import Config, Steps
 from train.data import DataSet
 from train.errors import UserError
@@ -60,7 +62,7 @@ class Experiment:
     data: DataSet
     model: nn.Module
     prunable: PyTree[bool]
-    prune: feather.Feather
+    prune: Pruning
     learning_rate: optax.Schedule
     tx: optax.GradientTransformationExtraArgs
 
@@ -97,14 +99,7 @@ def build(config: Config, data: DataSet | None = None) -> Experiment:
     variables = jax.eval_shape(lambda: initial_variables(model, data.image_shape, config.seed))
     check_paths(variables["params"], config)
     prunable = prunable_mask(variables["params"], config)
-    prune = feather.Feather(
-        sparsity=config.sparsity,
-        begin_step=steps.prune_begin,
-        end_step=steps.prune_end,
-        p=config.p,
-        theta=config.theta,
-        prunable=prunable,
-    )
+    prune = pruning(config, steps, variables["params"], prunable)
     schedule = learning_rate(config, steps)
     tx = make_optimizer(config, schedule, prune)
     return Experiment(config, steps, data, model, prunable, prune, schedule, tx)
@@ -187,9 +182,12 @@ def abstract_state(experiment: Experiment) -> TrainState:
 def _initialise(experiment: Experiment) -> TrainState:
     image_shape, seed = experiment.data.image_shape, experiment.config.seed
     variables: Mapping[str, PyTree] = initial_variables(experiment.model, image_shape, seed)
+    params = variables["params"]
+    if isinstance(experiment.prune, Asl):
+        params = experiment.prune.with_r(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
+        params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=experiment.tx.init(variables["params"]),
+        opt_state=experiment.tx.init(params),
     )

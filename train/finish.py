@@ -4,6 +4,7 @@ import jax
 
 import feather_jax as feather
 from train import parallel
+from train.asl import network_params
 from train.errors import writing
 from train.experiment import TrainState
 from train.look import curves, report
@@ -40,7 +41,7 @@ def finish(session: Session, state: TrainState) -> Record:
     if parallel.is_first():
         run = Run(workdir, experiment.config, summary, session.journal.records)
         model_file.save(workdir / "model.npz", experiment, variables, counts, evaluation)
-        report.write(run, jax.device_get(state.params))
+        report.write(run, jax.device_get(network_params(state.params)))
         with writing(workdir):
             curves.save(workdir / "curves.png", run.records, run.title)
             write_json(workdir / "summary.json", summary)

@@ -9,6 +9,9 @@ from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 import feather_jax as feather
+from train import asl, backbones
+from train.asl import Asl
+from train.backbones import Pruning
 from train.config import Config, Steps
 
 
@@ -36,20 +39,21 @@ def kernels(params: PyTree) -> PyTree[bool]:
 
 
 def make_optimizer(
-    config: Config, schedule: optax.Schedule, prune: feather.Feather
+    config: Config, schedule: optax.Schedule, prune: Pruning
 ) -> optax.GradientTransformationExtraArgs:
     """Scaling of pruned gradients, clipping, and the update of SGD or of AdamW, in this order.
 
     SGD's is weight decay, momentum and learning rate; AdamW's is its moments, weight decay, which
     they do not see, and learning rate. Weight decay is for kernels alone, the dense and the pruned
     ones alike, not for biases and normalisation parameters. The head may have a learning rate of
-    its own. Frozen parameters are outside all of it: they have no momentum, and their gradients no
+    its own. Learned thresholds have a fraction of the learning rate, and no part in the clipping.
+    Frozen parameters are outside all of it: they have no momentum, and their gradients no
     part in the norm that is clipped.
 
     Args:
       config: the hyperparameters.
       schedule: the learning rate.
-      prune: Feather's hyperparameters.
+      prune: what prunes.
 
     References:
       The order with SGD: Feather's released code (Glentis Georgoulakis et al., BMVC 2023).
@@ -68,6 +72,10 @@ def make_optimizer(
             optax.add_decayed_weights(config.weight_decay, mask=kernels),
             optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov),
         )
+    if isinstance(prune, Asl):
+        clipping = tuple(optax.masked(clip, asl.network_alone) for clip in clipping)
+        rate = backbones.options(config.backbone).learning_rate
+        update = optax.chain(update, optax.masked(optax.scale(rate), asl.r_alone))
     head: tuple[optax.GradientTransformation, ...] = ()
     if config.head_learning_rate != 1:
         factor = optax.scale(config.head_learning_rate)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 
+from train.backbones import mean_threshold
 from train.experiment import Experiment, TrainState
 
 Batch = Mapping[str, Array]
@@ -57,7 +58,8 @@ def make_train_step(experiment: Experiment) -> Callable[..., tuple[TrainState, M
 
         metrics["learning_rate"] = jnp.asarray(experiment.learning_rate(state.step))
         if config.sparsity:
-            metrics |= {"threshold": threshold, "sparsity": prune.sparsity_at(state.step)}
+            metrics["threshold"] = mean_threshold(weights, threshold, prune.prunable)
+            metrics["sparsity"] = prune.sparsity_at(state.step)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step

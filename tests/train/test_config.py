@@ -24,6 +24,8 @@ TYPED = {
     "prune_end": ("1", 1.0),
     "p": ("inf", math.inf),
     "theta": ("0.25", 0.25),
+    "backbone": ("{'name': 'n_m', 'n': 2, 'm': 4}", {"name": "n_m", "n": 2, "m": 4}),
+    "block": ("(4, None)", (4, None)),
     "exclude": ("('head/kernel','.*1/kernel')", ("head/kernel", ".*1/kernel")),
     "optimizer": ("adamw", "adamw"),
     "momentum": ("0", 0.0),

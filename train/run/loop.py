@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-import feather_jax as feather
 from train import parallel
+from train.backbones import Pruning
 from train.errors import StorageError
 from train.experiment import TrainState
 from train.run.churn import Kept, mask_churn, pruned_leaves
@@ -58,7 +58,7 @@ def train(session: Session) -> TrainState:
     return state
 
 
-def current_variables(prune: feather.Feather, state: TrainState) -> PyTree:
+def current_variables(prune: Pruning, state: TrainState) -> PyTree:
     """The variables as the model is evaluated after an update: sparsified at its sparsity."""
     last_update = jnp.maximum(state.step - 1, 0)
     params = prune.sparsify(state.params, prune.threshold(state.params, last_update))

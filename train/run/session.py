@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from train import experiment as experiment_lib
 from train import parallel
+from train.asl import network_params
 from train.config import Config
 from train.experiment import Experiment, TrainState, abstract_state, initial_state
 from train.run.churn import Kept, all_kept, pruned_leaves
@@ -158,7 +159,7 @@ def left_or_new(
 
 def beginning(experiment: Experiment, state: TrainState) -> Progress:
     """Where a new run begins, with an initial state or the shapes of one."""
-    return Progress(state, all_kept(pruned_leaves(experiment, state.params)))
+    return Progress(state, all_kept(pruned_leaves(experiment, network_params(state.params))))
 
 
 def _silent(line: str) -> None:

@@ -19,7 +19,7 @@ _SUMMARY = (
 
 # What makes no difference to what is compared, and what a dense run has no use for.
 _NOT_COMPARED = ("seed", "sparsity", *RESUMABLE)
-_PRUNING = ("prune_begin", "prune_end", "p", "theta", "exclude")
+_PRUNING = ("prune_begin", "prune_end", "p", "theta", "backbone", "block", "exclude")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""Backbones and blocks, from the configuration to the zeros of the finished model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import feather_jax as feather
+from train import backbones, main
+from train import config as config_lib
+from train.errors import UserError
+
+TINY = {
+    "data": {"name": "digits"},
+    "model": {"name": "lenet300", "hidden": [24, 16]},
+    "batch_size": 64,
+    "epochs": 1.0,
+    "learning_rate": 0.1,
+    "sparsity": 0.5,
+    "log_every_steps": 11,
+}
+N_M = {"name": "n_m", "n": 2, "m": 4}
+
+
+def params():
+    """The kernels of `TINY`'s network and of a convolution, the first of which 3 divides."""
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {
+        "stem": {"kernel": array(3, 3, 3, 8), "bias": array(8)},
+        "head": {"kernel": array(16, 10)},
+    }
+
+
+def pruning(**changes):
+    config = config_lib.parse(TINY | changes)
+    steps = config_lib.steps(config, num_train=1437)
+    return backbones.pruning(config, steps, params(), feather.prunable_weights(params()))
+
+
+def trained(workdir, **changes):
+    """The records and the finished model's parameters of a short run."""
+    main.run(config_lib.parse(TINY | changes), workdir, say=lambda line: None)
+    return feather.load(workdir / "model.npz")["params"]
+
+
+def test_the_default_is_one_threshold_for_all():
+    prune = pruning()
+    assert prune.select is feather.global_threshold
+    assert prune.magnitude is jnp.abs
+    assert prune.threshold(params(), 100).shape == ()
+
+
+def test_a_run_ends_in_an_n_m_pattern(tmp_path):
+    kernels = trained(tmp_path, backbone=N_M)
+    for layer in kernels.values():
+        kept = (layer["kernel"] != 0).T.reshape(-1, 4).sum(1)
+        np.testing.assert_array_equal(kept, 2)
+
+
+def test_a_run_ends_in_whole_blocks(tmp_path):
+    kernels = trained(tmp_path, block=(4, 1), sparsity=0.8)
+    kept = [layer["kernel"].T.reshape(-1, 4) != 0 for layer in kernels.values()]
+    blocks = np.concatenate(kept)
+    np.testing.assert_array_equal(blocks.all(1), blocks.any(1))
+    assert blocks.any(1).mean() == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Stay dense")
+def test_blocks_and_patterns_go_together():
+    prune = pruning(backbone=N_M, block=(1, 2))
+    assert isinstance(prune.select, functools.partial)
+    head = prune.finalize(params())["head"]["kernel"].reshape(4, 4, 5, 2) != 0
+    np.testing.assert_array_equal(head.all(-1), head.any(-1))
+    np.testing.assert_array_equal(head.all(-1).sum(1), 2)
+
+
+@pytest.mark.filterwarnings("ignore:Stay dense")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": {"name": "n:m"}}, r"config.backbone.name is 'n:m'; known are global, "),
+        ({"backbone": {"name": "n_m", "n": 2}}, r"config.backbone lacks the field 'm'"),
+        ({"backbone": N_M | {"k": 1}}, r"config.backbone.k is not a field of n_m"),
+        ({"backbone": N_M | {"n": 0}}, r"config.backbone.n is 0, and it must be a whole number"),
+        ({"backbone": N_M | {"n": 4}}, r"1 <= n < m, and n is 4 and m is 4"),
+        ({"backbone": N_M, "sparsity": 0.9}, r"The sparsity of 2:4 is in \[0, 0.5\]"),
+        ({"backbone": {"name": "global", "exponent": 1}}, r"is not a field of global"),
+        ({"block": (None, None, None, 1)}, r"config.block: .* one of shape \(16, 10\) has not"),
+        ({"backbone": {"name": "asl"}, "block": (4, 1)}, "leave config.block"),
+        ({"backbone": {"name": "asl", "weight": 0}}, r"config.backbone.weight is 0"),
+    ],
+)
+def test_mistakes_are_sentences(changes, message):
+    with pytest.raises(UserError, match=message):
+        pruning(**changes)
+
+
+@pytest.mark.parametrize("block", [(), (0, 1), (4, "x"), 4, "4"])
+def test_blocks_that_are_none(block):
+    with pytest.raises(UserError, match=r"config.block is .* must be a tuple of lengths along"):
+        config_lib.parse(TINY | {"block": block})
+
+
+def test_the_threshold_of_a_log_is_the_mean_over_prunable_weights():
+    weights, mask = params(), feather.prunable_weights(params())
+    one = jnp.float32(0.3)
+    assert backbones.mean_threshold(weights, one, mask) is one
+    groups = np.random.default_rng(1).uniform(size=(16, 10)).astype(np.float32)
+    for stem in (jnp.float32(0.5), {"kernel": jnp.float32(0.5), "bias": jnp.float32(9)}):
+        found = backbones.mean_threshold(weights, {"stem": stem, "head": {"kernel": groups}}, mask)
+        expected = (216 * 0.5 + groups.sum()) / (216 + 160)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    jitted = jax.jit(
+        lambda weights: backbones.mean_threshold(weights, {"stem": 1.0 * one, "head": one}, mask)
+    )
+    np.testing.assert_allclose(jitted(weights), 0.3, rtol=1e-6)

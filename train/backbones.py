@@ -1,0 +1,119 @@
+"""What decides which weights go: `config.backbone`, by name, and `config.block`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+import feather_jax as feather
+from train import fields
+from train.asl import Asl
+from train.config import Config, Steps
+from train.errors import UserError
+from train.fields import Checked, Count, Positive
+
+Pruning: TypeAlias = feather.Feather | Asl
+
+
+class NoOptions(Checked):
+    """Of backbones that have none."""
+
+
+class PatternOptions(Checked):
+    """Of N:M: the n largest of every m consecutive weights along the input axis stay."""
+
+    n: Count
+    m: Count
+
+
+class AslOptions(Checked):
+    """Of learned thresholds: the budget's weight in the loss, and r's learning rate by theirs."""
+
+    weight: Positive = 10.0
+    learning_rate: Positive = 0.01
+
+
+OPTIONS: dict[str, type[Checked]] = {
+    "global": NoOptions,
+    "n_m": PatternOptions,
+    "asl": AslOptions,
+}
+
+
+def options(spec: Mapping[str, Any]) -> Any:
+    """The options of `config.backbone`, checked.
+
+    Raises:
+      UserError: the name or an option is unknown, or an option is out of its range.
+    """
+    given = dict(spec)
+    name = given.pop("name")
+    if name not in OPTIONS:
+        raise UserError(f"config.backbone.name is {name!r}; known are {', '.join(OPTIONS)}.")
+    return fields.parse(OPTIONS[name], given, "config.backbone", name)
+
+
+def pruning(config: Config, steps: Steps, params: PyTree, prunable: PyTree[bool]) -> Pruning:
+    """What prunes in a run.
+
+    Args:
+      config: the configuration.
+      steps: its durations in updates.
+      params: the network's parameters, or their shapes.
+      prunable: which of them may be pruned, a pytree of bools.
+
+    Raises:
+      UserError: a kernel cannot have the pattern or the blocks, or the sparsity is more than the
+        pattern has.
+    """
+    chosen, name = options(config.backbone), config.backbone["name"]
+    theta = feather.default_theta(config.sparsity) if config.theta is None else config.theta
+    if name == "asl" and (config.block is not None or config.freeze or config.init_from):
+        raise UserError(
+            "config.backbone 'asl' learns thresholds for single weights, with a whole network and "
+            "from its start; leave config.block, config.freeze and config.init_from out."
+        )
+    if name == "asl" and config.sparsity:
+        return Asl(config.sparsity, config.p, theta, prunable, chosen.weight)
+    prune = feather.Feather(
+        sparsity=config.sparsity,
+        begin_step=steps.prune_begin,
+        end_step=steps.prune_end,
+        p=config.p,
+        theta=theta,
+        prunable=prunable,
+        select=_selection(name, chosen),
+        magnitude=jnp.abs if config.block is None else feather.block_magnitude(config.block),
+    )
+    if not config.sparsity:
+        return prune
+    try:
+        jax.eval_shape(prune.finalize, params)
+    except ValueError as error:
+        raise UserError(f"config.backbone and config.block: {error}") from error
+    return prune
+
+
+def _selection(name: str, chosen: Any) -> Callable[..., PyTree]:
+    if name == "n_m":
+        return functools.partial(feather.n_m_thresholds, n=chosen.n, m=chosen.m)
+    return feather.global_threshold
+
+
+def mean_threshold(
+    params: PyTree, threshold: PyTree[Float[Array, "..."]], prunable: PyTree[bool]
+) -> Float[Array, ""]:
+    """One number for a log: the threshold, or the mean of them all over the prunable weights."""
+    if isinstance(threshold, jax.Array) and not threshold.ndim:
+        return threshold
+
+    def count(_: Array, part: PyTree, selected: PyTree[bool]) -> int:
+        leaves = zip(jax.tree.leaves(part), jax.tree.leaves(selected), strict=True)
+        return sum(leaf.size for leaf, chosen in leaves if chosen)
+
+    counts = jax.tree.leaves(jax.tree.map(count, threshold, params, prunable))
+    means = jnp.stack([jnp.mean(value) for value in jax.tree.leaves(threshold)])
+    return jnp.average(means, weights=jnp.asarray(counts, means.dtype))
