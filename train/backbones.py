@@ -86,7 +86,7 @@ def pruning(config: Config, steps: Steps, params: PyTree, prunable: PyTree[bool]
         theta=theta,
         prunable=prunable,
         select=_selection(name, chosen),
-        magnitude=jnp.abs if config.block is None else feather.block_magnitude(config.block),
+        magnitude=magnitude(config),
     )
     if not config.sparsity:
         return prune
@@ -101,6 +101,11 @@ def _selection(name: str, chosen: Any) -> Callable[..., PyTree]:
     if name == "n_m":
         return functools.partial(feather.n_m_thresholds, n=chosen.n, m=chosen.m)
     return feather.global_threshold
+
+
+def magnitude(config: Config) -> Callable[[Array], Array]:
+    """What is compared with thresholds: |w|, or the magnitude of `config.block`."""
+    return jnp.abs if config.block is None else feather.block_magnitude(config.block)
 
 
 def mean_threshold(

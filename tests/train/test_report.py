@@ -81,9 +81,10 @@ def test_those_who_see_no_pictures_are_told(text):
 
 
 def test_the_layer_table_has_the_models_own_counts(finished_run, text):
-    rows = [row for row in Page(text).cells if len(row) == 7]
+    rows = [row for row in Page(text).cells if len(row) == 8]
     params = feather.load(finished_run / "model.npz")["params"]
     kernel = params["stage2_block1"]["conv2"]["kernel"]
+    trained = report.trained_params(read_run(finished_run))["stage2_block1"]["conv2"]["kernel"]
     (row,) = (row for row in rows if row[0] == "stage2_block1/conv2")
     left = np.count_nonzero(kernel)
     # At stride 2, 4 x 4 positions of 3 x 3 x 8 x 8 products, each weight used once at each.
@@ -92,6 +93,7 @@ def test_the_layer_table_has_the_models_own_counts(finished_run, text):
         "576",
         str(left),
         f"{left / 576:.2%}",
+        f"{np.abs(trained)[kernel == 0].max():.4g}",
         f"{576 * 16:,}",
         f"{left * 16:,}",
     ]
@@ -126,7 +128,7 @@ def test_every_cell_of_the_layer_table_but_the_name_has_a_number_to_sort_by(text
     (body,) = re.findall(r"<tbody>(.*?)</tbody>", text, re.DOTALL)
     for row in body.strip().splitlines():
         assert [float(value) for value in re.findall(r'data-value="(.*?)"', row)]
-        assert row.count("data-value") == row.count("<td") - 1 == 6
+        assert row.count("data-value") == row.count("<td") - 1 == 7
 
 
 def with_config(folder: pathlib.Path, **values: object) -> pathlib.Path:
@@ -277,3 +279,13 @@ def test_a_missing_checkpoint_is_one_sentence(finished_run, tmp_path, capsys):
     assert program.run(lambda: report.main([str(run)])) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert pathlib.Path(run / "report.html").exists()
+
+
+def test_thresholds_of_blocks_are_of_blocks():
+    rng = np.random.default_rng(0)
+    dense = {"layer": {"kernel": rng.normal(size=(8, 6)).astype(np.float32), "bias": np.zeros(6)}}
+    magnitude = feather.block_magnitude((4, 1))
+    blocks = np.sort(np.asarray(magnitude(dense["layer"]["kernel"])).ravel())
+    sparse = feather.sparsify(dense, blocks[20], magnitude=magnitude)
+    found = inspection.thresholds_of(dense, sparse, magnitude)
+    assert found == {"layer/bias": 0.0, "layer/kernel": blocks[20]}

@@ -1,13 +1,13 @@
 """What is left in a finished model: its layers, and its weights around the threshold."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 import feather_jax as feather
 from train.models.calling import call_arguments
@@ -29,6 +29,7 @@ class PrunableLayer:
       nonzero: how many are left.
       macs: multiply-accumulates for one image.
       sparse_macs: those that do not multiply a zero.
+      threshold: the largest magnitude that is pruned, of a weight or of a block; 0 if none is.
     """
 
     name: str
@@ -37,6 +38,7 @@ class PrunableLayer:
     nonzero: int
     macs: int
     sparse_macs: int
+    threshold: float
 
     @property
     def left(self) -> float:
@@ -55,7 +57,9 @@ def macs_of(model: SavedModel) -> feather.Macs:
     )
 
 
-def layers_of(model: SavedModel, prunable: PyTree[bool], macs: feather.Macs) -> list[PrunableLayer]:
+def layers_of(
+    model: SavedModel, prunable: PyTree[bool], macs: feather.Macs, thresholds: Mapping[str, float]
+) -> list[PrunableLayer]:
     """The prunable layers in the order in which the network computes."""
     counts = feather.summarize(model.variables["params"], prunable=prunable)
     by_name: dict[str, list[Any]] = {}
@@ -70,6 +74,7 @@ def layers_of(model: SavedModel, prunable: PyTree[bool], macs: feather.Macs) -> 
             nonzero=layer.nonzero,
             macs=sum(product.macs for product in by_name.get(layer.name, ())),
             sparse_macs=sum(product.sparse_macs for product in by_name.get(layer.name, ())),
+            threshold=thresholds[layer.name],
         )
         for layer in sorted(counts.layers, key=lambda layer: order.get(layer.name, len(order)))
         if layer.prunable
@@ -78,11 +83,37 @@ def layers_of(model: SavedModel, prunable: PyTree[bool], macs: feather.Macs) -> 
 
 def total_of(layers: Sequence[PrunableLayer]) -> PrunableLayer:
     """All layers as one."""
-    sums = (
-        sum(getattr(layer, name) for layer in layers)
+    sums = {
+        name: sum(getattr(layer, name) for layer in layers)
         for name in ("weights", "nonzero", "macs", "sparse_macs")
-    )
-    return PrunableLayer("all", (), *sums)
+    }
+    threshold = max(layer.threshold for layer in layers)
+    return PrunableLayer(name="all", shape=(), threshold=threshold, **sums)
+
+
+def thresholds_of(
+    dense: PyTree, sparse: PyTree, magnitude: Callable[[Array], Array]
+) -> dict[str, float]:
+    """The largest magnitude that is pruned in each leaf, by its name; 0 where none is.
+
+    Args:
+      dense: the trained parameters.
+      sparse: the finalised ones.
+      magnitude: what was compared with the thresholds.
+    """
+
+    def largest_pruned(was: np.ndarray, now: np.ndarray) -> float:
+        pruned = (now == 0) & (was != 0)
+        if not pruned.any():
+            return 0.0
+        size = np.broadcast_to(magnitude(jnp.asarray(was)), was.shape)
+        return float(np.max(size[pruned]))
+
+    kept = feather.named_leaves(sparse)
+    return {
+        name: largest_pruned(np.asarray(leaf), np.asarray(kept[name]))
+        for name, leaf in feather.named_leaves(dense).items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

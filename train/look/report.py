@@ -6,11 +6,19 @@ import jax
 from jaxtyping import PyTree
 
 import feather_jax as feather
+from train.backbones import magnitude
 from train.config import flat
 from train.errors import writing
 from train.experiment import prunable_mask
 from train.look import page, pictures
-from train.look.inspection import PrunableLayer, histogram_of, layers_of, macs_of, total_of
+from train.look.inspection import (
+    PrunableLayer,
+    histogram_of,
+    layers_of,
+    macs_of,
+    thresholds_of,
+    total_of,
+)
 from train.store import model_file
 from train.store.files import write_atomically
 from train.store.model_file import SavedModel
@@ -45,13 +53,14 @@ def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
       StorageError: the page cannot be written.
     """
     model = model_file.load(run.workdir / "model.npz")
-    prunable = prunable_mask(model.variables["params"], run.config)
-    macs = macs_of(model)
-    layers = layers_of(model, prunable, macs)
+    params = model.variables["params"]
+    prunable, macs = prunable_mask(params, run.config), macs_of(model)
+    thresholds = thresholds_of(dense_params, params, magnitude(run.config))
+    layers = layers_of(model, prunable, macs, thresholds)
     total = total_of(layers)
     histogram = None
     if not run.dense:
-        histogram = histogram_of(dense_params, model.variables["params"], prunable)
+        histogram = histogram_of(dense_params, params, prunable)
     with page.style():
         text = page.render(
             "report.html",
@@ -62,6 +71,7 @@ def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
             weights=pictures.weight_pictures(histogram) if histogram else [],
             threshold=f"{histogram.threshold:.4g}" if histogram else "",
             p=f"{run.config.p:g}",
+            one_threshold=run.config.backbone["name"] == "global",
             layer_figures=pictures.layer_pictures(layers),
             layers=layers,
             total=total,
