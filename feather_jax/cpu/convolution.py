@@ -23,13 +23,15 @@ class SparseConvolution:
     """A convolution of one tiled array into another.
 
     Operands: y, x, residual (y again where there is none), the mask of y's pixels, bias, and the
-    packed weights: rows, pairs, panel rows, panels. Work items are blocks of pixels, or output
-    channels: as many as a panel has.
+    packed weights: rows, pairs, panel rows, panels. Work items are blocks of pixels; or output
+    channels, as many as a panel has; or groups of channels where there are several, whose planes
+    then stay in the cache while all blocks are gone through.
 
     Attributes:
       x, y, residual: layouts; the strides of x's windows relate x's tiles to y's.
       strides: by height and width.
       block: rows and columns of a tile that are computed at a time; the columns divide the tile's.
+      groups: of channels.
       chunks: of input channels.
       panel: output channels of a panel; 0 where all weights are in lists.
       listed: whether the lists of channels with panels have any weights.
@@ -43,6 +45,7 @@ class SparseConvolution:
     residual: Tiles | None
     strides: tuple[int, int]
     block: tuple[int, int]
+    groups: int
     chunks: int
     panel: int
     listed: bool
@@ -63,6 +66,8 @@ class SparseConvolution:
 
     @property
     def items(self) -> int:
+        if self.groups > 1:
+            return self.groups
         return self.parts if self.by_channel else math.prod(self.blocks)
 
 
@@ -133,9 +138,19 @@ def emit_sparse_convolution(code: Code, spec: SparseConvolution) -> ir.Function:
                 with others:
                     chunk_by_chunk(high)
 
-    if spec.by_channel:
+    def all_blocks(first: Value, stop: Value) -> None:
         blocks = i64(math.prod(spec.blocks))
-        b.loop(i64(0), blocks, lambda number: block(number, begin, end))
+        b.loop(i64(0), blocks, lambda number: block(number, first, stop))
+
+    if spec.groups > 1:
+        size = channels // spec.groups
+
+        def one_group(number: Value) -> None:
+            all_blocks(b.scale(number, size), b.scale(b.add(number, i64(1)), size))
+
+        b.loop(begin, end, one_group)
+    elif spec.by_channel:
+        all_blocks(begin, end)
     else:
         b.loop(begin, end, lambda number: block(number, i64(0), i64(spec.parts)))
     b.ret_void()

@@ -302,6 +302,7 @@ class _Planner:
             residual_tiles,
             op.strides,
             block,
+            op.groups,
             chunks,
             panel,
             packed.has_lists(panel),

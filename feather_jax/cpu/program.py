@@ -81,7 +81,8 @@ class Program:
         else:
             workspace[: self.plan.counters] = 0
             helpers = [
-                self._pool().submit(self._function, *common, None) for _ in range(threads - 1)
+                self._pool().submit(self._function, *common, None)
+                for _ in range(0 if _busy() else threads - 1)
             ]
             self._function(*common, stamps.ctypes.data if stamps is not None else None)
             for helper in helpers:  # one that has not begun is not needed any more
@@ -185,6 +186,14 @@ def plan_for(lowered: Lowered, target: Target, threads: int = 1) -> tuple[Plan, 
     if threads > 1 and plan.macs < WORTH_THREADS:
         return make_plan(graph, target)
     return plan, weights
+
+
+def _busy() -> bool:
+    """Whether more wants to run than there are cores.
+
+    A helper would then be stopped in the middle of a part that the others wait for.
+    """
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
 
 
 def _addresses(arrays: Sequence[np.ndarray]) -> ctypes.Array:
