@@ -61,11 +61,13 @@ def affine_into_product(graph: Graph) -> Graph:
             return node
         if operation.activation or (len(x.inputs) > 1 and not (scale == 1).all()):
             return node
-        weights = _rounded(operation.weights * scale)
+        weights = operation.weights
+        if not (scale == 1).all():
+            weights = weights * _rounded(scale)
         bias = 0.0 if operation.bias is None else operation.bias.astype(np.float64)
         channels = weights.shape[-1:]
         bias = _rounded(np.broadcast_to(bias * scale + shift, channels))
-        if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
+        if not (np.isfinite(bias).all() and _finite(weights, operation.weights)):
             return node
         new = dataclasses.replace(operation, weights=weights, bias=bias if bias.any() else None)
         return Node(new, x.inputs, x.name)
@@ -92,17 +94,18 @@ def product_of_affine(graph: Graph) -> Graph:
             return node  # the border is 0, and not the summand
         height, width, inputs, outputs = operation.weights.shape
         groups = operation.groups
-        own = operation.weights.astype(np.float64)
-        own = own.reshape(height, width, inputs, groups, outputs // groups)
+        own = operation.weights.reshape(height, width, inputs, groups, outputs // groups)
 
         def by_input(values: np.ndarray) -> np.ndarray:
             channels = np.broadcast_to(values, (groups * inputs,))
             return channels.reshape(groups, inputs).T[:, :, None]
 
-        bias = (own * by_input(shift)).sum((0, 1, 2)).reshape(outputs)
-        bias = _rounded(bias if operation.bias is None else bias + operation.bias)
-        weights = _rounded((own * by_input(scale)).reshape(operation.weights.shape))
-        if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
+        bias = np.zeros(outputs) if operation.bias is None else operation.bias
+        if shift.any():
+            bias = bias + (own * by_input(shift)).sum((0, 1, 2)).reshape(outputs)
+        bias = _rounded(bias)
+        weights = (own * by_input(_rounded(scale))).reshape(operation.weights.shape)
+        if not (np.isfinite(bias).all() and _finite(weights, operation.weights)):
             return node
         new = dataclasses.replace(operation, weights=weights, bias=bias if bias.any() else None)
         source = reshape(x.inputs[index], node.inputs[0].shape, x.name)
@@ -114,6 +117,10 @@ def product_of_affine(graph: Graph) -> Graph:
 def _rounded(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
+
+
+def _finite(weights: np.ndarray, before: np.ndarray) -> bool:
+    return weights is before or bool(np.isfinite(weights).all())
 
 
 def _affine(node: Node) -> tuple[int, np.ndarray, np.ndarray] | None:
