@@ -45,8 +45,13 @@ class Network:
 
 
 @st.composite
-def networks(draw, most_layers: int = 6) -> Network:
-    """Of convolutions and all that stands around them, or dense ones at the end."""
+def networks(draw, most_layers: int = 6, floats: bool = False) -> Network:
+    """Of convolutions and all that stands around them, and perhaps dense layers at the end.
+
+    Args:
+      most_layers: besides preprocessing and those at the end.
+      floats: whether images are float32, and never bytes with preprocessing.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     shape = (
         draw(st.sampled_from([1, 2, 5])),
@@ -54,7 +59,7 @@ def networks(draw, most_layers: int = 6) -> Network:
         draw(st.integers(4, 12)),
         draw(st.sampled_from([1, 3, 4, 8])),
     )
-    if draw(st.booleans()):
+    if not floats and draw(st.booleans()):
         images = rng.integers(0, 256, shape).astype(np.uint8)
         layers = [_preprocessing(shape[-1])]
     else:
