@@ -9,6 +9,7 @@ from train.errors import writing
 from train.experiment import TrainState
 from train.look import curves, report
 from train.run.session import Session
+from train.run.timing import time_one_image
 from train.store import model_file
 from train.store.files import write_json
 from train.store.metrics import Record
@@ -39,8 +40,10 @@ def finish(session: Session, state: TrainState) -> Record:
         "wall_seconds": session.wall_seconds(),
     }
     if parallel.is_first():
+        path = workdir / "model.npz"
+        model_file.save(path, experiment, variables, counts, evaluation)
+        summary |= time_one_image(model_file.load(path, allow_import=True))
         run = Run(workdir, experiment.config, summary, session.journal.records)
-        model_file.save(workdir / "model.npz", experiment, variables, counts, evaluation)
         report.write(run, jax.device_get(network_params(state.params)))
         with writing(workdir):
             curves.save(workdir / "curves.png", run.records, run.title)

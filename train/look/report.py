@@ -19,6 +19,7 @@ from train.look.inspection import (
     thresholds_of,
     total_of,
 )
+from train.run.timing import COMPILED, XLA
 from train.store import model_file
 from train.store.files import write_atomically
 from train.store.model_file import SavedModel
@@ -99,7 +100,7 @@ def _story(run: Run, model: SavedModel) -> str:
 def _tiles(
     run: Run, model: SavedModel, total: PrunableLayer, macs: feather.Macs, twin: Run | None
 ) -> list[Tile]:
-    """Accuracy, weights, size and work, those of a sparse run next to the dense network's."""
+    """Accuracy, weights, size, work and time, of a sparse run next to the dense network's."""
     examples = run.summary["eval/examples"]
     right = round(run.accuracy * examples)
     notes = [f"{right:,} of {examples:,} evaluation examples"]
@@ -131,4 +132,18 @@ def _tiles(
             page.short(macs.sparse_total),
             less(page.short(macs.total), macs.total / max(macs.sparse_total, 1)),
         ),
+        *_time(run),
     ]
+
+
+def _time(run: Run) -> list[Tile]:
+    """One image on one core, if the run measured it."""
+    if COMPILED not in run.summary:
+        return []
+    compiled, by_xla = (run.summary[name] for name in (COMPILED, XLA))
+    note = f"compiled; XLA {_short(by_xla)}: {by_xla / compiled:.3g} times that"
+    return [Tile("One image, one core", _short(compiled), (note,))]
+
+
+def _short(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"

@@ -1,0 +1,59 @@
+"""How long one image takes on one core of this machine: compiled for its zeros, and by XLA."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from feather_jax import cpu
+from train.store.model_file import SavedModel
+
+COMPILED, XLA = "inference/compiled_seconds", "inference/xla_seconds"
+
+
+def time_one_image(model: SavedModel, seconds: float = 0.8) -> dict[str, float]:
+    """The CPU time of the network on one image, preprocessing included.
+
+    That of all threads together, which is what one core would take, whatever else the machine does.
+
+    Args:
+      model: a model file.
+      seconds: for how long the two are measured in turn, once they are compiled.
+
+    Returns:
+      `COMPILED` and `XLA`, medians in seconds; nothing where the network has something in it that
+      `feather_jax.cpu` does not compile.
+    """
+    image = np.zeros((1, *model.image_shape), np.uint8)
+    try:
+        compiled = cpu.compile(functools.partial(model.logits, model.variables), image)
+    except NotImplementedError:
+        return {}
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        variables = jax.device_put(model.variables)
+        by_xla = jax.jit(model.logits).lower(variables, image).compile()
+    return in_turn(
+        {
+            COMPILED: functools.partial(compiled, image),
+            XLA: lambda: jax.block_until_ready(by_xla(variables, image)),
+        },
+        seconds,
+    )
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median CPU seconds of a call of each, taken one after the other so that all meet the same."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    stop = time.perf_counter() + seconds
+    while not min(map(len, times.values())) or time.perf_counter() < stop:
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
+            times[name].append(time.process_time() - begin)
+    return {name: statistics.median(each) for name, each in times.items()}
