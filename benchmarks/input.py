@@ -2,10 +2,10 @@
 
 In memory: batches of 128 gathered from 50,000 images of 32x32. ImageNet: 500x375 JPEGs of quality
 90, cut from scikit-learn's two photographs, prepared by TFDS's own builder and read, decoded,
-cropped, flipped and put into batches, beside tf.data doing the same with
-tf.image.decode_and_crop_jpeg. Both take turns in one process, which keeps to one core with all of
-its threads and workers, and the time is the processor's, so that figures are per core whatever else
-runs. The ImageNet part needs TensorFlow (`pip install '.[prepare]'`).
+cropped, flipped and put into batches; the same files read from a folder; and tf.data doing the same
+as we with tf.image.decode_and_crop_jpeg. They take turns in one process, which keeps to one core
+with all of its threads and workers, and the time is the processor's, so that figures are per core
+whatever else runs. The ImageNet part needs TensorFlow (`pip install '.[prepare]'`).
 """
 
 import argparse
@@ -36,6 +36,7 @@ from train.prepare import ARCHIVES, prepare
 SIZE = 224
 BATCH = 64
 TURN = 4_096  # images that a pipeline makes in its turn, at least
+CROPS = {"random_resized_crop": 0.08, "flip": True, "image_size": SIZE}
 GPU = 3_000  # images a second that a GPU takes
 
 
@@ -131,6 +132,8 @@ def pipelines(files: list[bytes], rounds: int) -> dict[str, Any]:
         iterators = {
             "ours, a worker": ours(root, workers=1),
             "ours, threads": ours(root, workers=0),
+            "a folder, a worker": from_folder(root, files, workers=1),
+            "a folder, threads": from_folder(root, files, workers=0),
             "tf.data, bilinear": tf_data(root, "bilinear"),
             "tf.data, bicubic": tf_data(root, "bicubic"),
         }
@@ -173,16 +176,18 @@ def write_archives(folder: pathlib.Path, files: list[bytes]) -> None:
 
 def ours(root: pathlib.Path, workers: int) -> Iterator[Any]:
     """The training batches of `train.data`."""
-    spec = {
-        "name": "imagenet2012",
-        "data_dir": str(root / "array_record"),
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.2, 0.2, 0.2),
-        "flip": True,
-        "image_size": SIZE,
-        "workers": workers,
-    }
-    return data.load(spec, batch_size=BATCH, seed=0).train_batches(0)
+    spec = {"name": "imagenet2012", "data_dir": str(root / "array_record"), "workers": workers}
+    return data.load(spec | CROPS, batch_size=BATCH, seed=0).train_batches(0)
+
+
+def from_folder(root: pathlib.Path, files: list[bytes], workers: int) -> Iterator[Any]:
+    """The same from a folder of the files, of two classes."""
+    for i, content in enumerate(files):
+        path = root / "folder" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    spec = {"name": "folder", "path": str(root / "folder"), "workers": workers}
+    return data.load(spec | CROPS, batch_size=BATCH, seed=0).train_batches(0)
 
 
 def tf_data(root: pathlib.Path, method: str) -> Iterator[Any]:
