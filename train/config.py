@@ -91,6 +91,8 @@ class Config(Checked):
       clip_norm: the largest global norm of the gradient; 0 for no clipping.
       warmup_epochs: how long the learning rate rises from 0.
       label_smoothing: in [0, 1).
+      mixup: alpha of Mixup, 0 for none; 0.2 is usual (see `train.data.mix`).
+      cutmix: alpha of CutMix, 0 for none; 1 is usual.
       accumulate_steps: an update's examples are taken in this many parts, one after the other.
       compute_dtype: "float32", "bfloat16" (weights are float32 in either), or "float64", weights
         included, where JAX_ENABLE_X64=1 is in the environment.
@@ -132,6 +134,8 @@ class Config(Checked):
     clip_norm: AtLeast0 = 3.0
     warmup_epochs: AtLeast0 = 0.0
     label_smoothing: Fraction = 0.0
+    mixup: AtLeast0 = 0.0
+    cutmix: AtLeast0 = 0.0
     accumulate_steps: Count = 1
     compute_dtype: Dtype = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

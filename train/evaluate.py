@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     model = model_file.load(arguments.model, allow_import=arguments.allow_import)
     data = open_data(model, arguments.data, arguments.data_dir)
-    found = evaluate_model(model, data)
+    found = evaluate_model(model, data).figures
     print(
         f"{found['eval/accuracy']:.2%} of {found['eval/examples']} evaluation examples of "
         f"{data.name} right"

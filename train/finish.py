@@ -8,9 +8,11 @@ from train.asl import network_params
 from train.errors import writing
 from train.experiment import TrainState
 from train.look import curves, report
+from train.look.mistakes import thumbnails
 from train.run.session import Session
 from train.run.timing import time_one_image
 from train.store import model_file
+from train.store import predictions as predictions_file
 from train.store.files import write_json
 from train.store.metrics import Record
 from train.store.runs import Run
@@ -28,7 +30,8 @@ def finish(session: Session, state: TrainState) -> Record:
     experiment, workdir = session.experiment, session.workdir
     params = jax.jit(experiment.prune.finalize)(state.params)
     variables = {"params": params, "batch_stats": state.batch_stats}
-    evaluation = session.evaluate(variables)
+    predictions = session.evaluate(variables)
+    evaluation = predictions.figures
     counts = feather.summarize(jax.device_get(params), prunable=experiment.prunable)
     summary: Record = {
         "steps": experiment.steps.total,
@@ -44,6 +47,9 @@ def finish(session: Session, state: TrainState) -> Record:
         model_file.save(path, experiment, variables, counts, evaluation)
         summary |= time_one_image(model_file.load(path, allow_import=True))
         run = Run(workdir, experiment.config, summary, session.journal.records)
+        with writing(workdir):
+            shown = thumbnails(experiment.data, predictions)
+            predictions_file.save(workdir / "predictions.npz", predictions, shown)
         report.write(run, jax.device_get(network_params(state.params)))
         with writing(workdir):
             curves.save(workdir / "curves.png", run.records, run.title)

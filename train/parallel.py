@@ -54,6 +54,19 @@ def check_batch_size(batch_size: int, accumulate_steps: int = 1) -> None:
         )
 
 
+def check_pairs(batch_size: int) -> None:
+    """Raises UserError where a device has an odd number of examples, so that one lacks a partner.
+
+    See `train.data.mix`.
+    """
+    devices = jax.device_count()
+    if batch_size % (2 * devices):
+        raise UserError(
+            f"config.batch_size is {batch_size}, and config.mixup and config.cutmix need an even "
+            f"number for each device; choose a multiple of {2 * devices}."
+        )
+
+
 def on_all_devices(step: Callable[..., Any], *, donate_state: bool) -> Callable[..., Any]:
     """`step(state, batch, axis_name=...)` as a parallel function of a state and a placed batch.
 

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 
 from train.backbones import mean_threshold
+from train.data.mix import mix
 from train.experiment import Experiment, TrainState
 
 Batch = Mapping[str, Array]
@@ -28,8 +29,9 @@ def make_train_step(experiment: Experiment) -> Callable[..., tuple[TrainState, M
         logits, changed = experiment.model.apply(
             variables, batch["image"], train=True, axis_name=axis_name, mutable=["batch_stats"]
         )
-        loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=loss.dtype)
+        loss = optax.softmax_cross_entropy(logits, batch["target"]).mean()
+        right = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
+        accuracy = jnp.mean(right, dtype=loss.dtype)
         metrics = {"train/loss": loss, "train/accuracy": accuracy}
         return loss, (changed.get("batch_stats", {}), metrics)
 
@@ -39,7 +41,9 @@ def make_train_step(experiment: Experiment) -> Callable[..., tuple[TrainState, M
         """One update. Under `jax.pmap` each device has its part of the batch and `axis_name`."""
         keys = example_keys(config.seed, state.step, batch["index"])
         images = data.train_preprocess(batch["image"], keys)
-        batch = {"image": images, "label": batch["label"]}
+        targets = smoothed(batch["label"], data.num_classes, config.label_smoothing)
+        images, targets = mix(images, targets, keys, mixup=config.mixup, cutmix=config.cutmix)
+        batch = {"image": images, "target": targets}
 
         threshold = prune.threshold(state.params, state.step)
         weights = prune.sparsify(state.params, threshold)
@@ -71,15 +75,11 @@ def example_keys(seed: int, step: Int32[Array, ""], index: Int32[Array, " b"]) -
     return jax.vmap(lambda position: jax.random.fold_in(key, position))(index)
 
 
-def cross_entropy(
-    logits: Float[Array, "b classes"], labels: Int32[Array, " b"], smoothing: float = 0.0
-) -> Float[Array, " b"]:
-    """The cross entropy of each example in nats, against labels smoothed to the uniform."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if not smoothing:
-        return losses
-    uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-    return (1 - smoothing) * losses + smoothing * uniform
+def smoothed(
+    labels: Int32[Array, " b"], num_classes: int, smoothing: float
+) -> Float[Array, "b classes"]:
+    """The probabilities that a network shall give: 1 for the label, drawn towards the uniform."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
 
 
 def accumulate(
@@ -123,23 +123,35 @@ def accumulate(
 def make_eval_step(
     model: nn.Module,
     preprocess: Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]],
-) -> Callable[..., Metrics]:
+) -> Callable[..., dict[str, Array]]:
     """Builds the evaluation step, `eval_step(variables, batch, *, axis_name)`.
 
-    It gives sums over the examples whose mask is True: "loss" in nats, "correct" and "examples",
-    over all devices where `axis_name` is given.
+    It gives arrays [b] over the examples of all devices, in their order: `mask`, `label` and, as
+    `train.store.predictions` has them, `prediction`, `rank` and `loss`.
     """
 
-    def eval_step(variables: PyTree, batch: Batch, *, axis_name: str | None = None) -> Metrics:
+    def eval_step(
+        variables: PyTree, batch: Batch, *, axis_name: str | None = None
+    ) -> dict[str, Array]:
         logits = jnp.asarray(model.apply(variables, preprocess(batch["image"]), train=False))
-        mask = batch["mask"]
-        correct = (jnp.argmax(logits, -1) == batch["label"]) & mask
-        losses = cross_entropy(logits, batch["label"])
-        sums = {
-            "loss": jnp.sum(jnp.where(mask, losses, 0)),
-            "correct": jnp.sum(correct, dtype=jnp.int32),
-            "examples": jnp.sum(mask, dtype=jnp.int32),
+        labels = batch["label"]
+        outcomes = {
+            "mask": batch["mask"],
+            "label": labels,
+            "prediction": jnp.argmax(logits, -1).astype(jnp.int32),
+            "rank": ranks(logits, labels),
+            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
         }
-        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        if axis_name is None:
+            return outcomes
+        return jax.lax.all_gather(outcomes, axis_name, tiled=True)
 
     return eval_step
+
+
+def ranks(logits: Float[Array, "b classes"], labels: Int32[Array, " b"]) -> Int32[Array, " b"]:
+    """How many classes come before each label's; of equal ones the first, as argmax has it."""
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
+    before = ~(logits <= own) | ((logits == own) & earlier)  # what is not a number comes first
+    return jnp.sum(before, axis=-1, dtype=jnp.int32)

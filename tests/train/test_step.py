@@ -17,7 +17,14 @@ from train import experiment, parallel
 from train.data import DataSet
 from train.experiment import TrainState
 from train.optimizer import make_optimizer
-from train.step import accumulate, cross_entropy, example_keys, make_train_step
+from train.step import (
+    accumulate,
+    example_keys,
+    make_eval_step,
+    make_train_step,
+    ranks,
+    smoothed,
+)
 
 BATCH, CLASSES = 16, 5
 
@@ -311,12 +318,80 @@ def test_example_keys_depend_on_seed_step_and_index_alone():
     assert len(np.unique(np.concatenate([whole, other_step, other_seed]), axis=0)) == 24
 
 
-def test_cross_entropy_against_smoothed_labels():
-    logits = np.random.default_rng(0).normal(size=(6, 4))
+def test_targets_are_labels_drawn_towards_the_uniform():
     labels = np.array([0, 1, 2, 3, 0, 1])
-    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for smoothing in (0.0, 0.1):
-        targets = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
-        expected = -(targets * log_probabilities).sum(-1)
-        actual = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), smoothing)
-        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+        expected = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+        np.testing.assert_allclose(smoothed(labels, 4, smoothing), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_cross_entropy_against_smoothed_labels(smoothing):
+    with jax.enable_x64(True):
+        step, state = setup(DENSE, norm=False, label_smoothing=smoothing)
+        batch = global_batch(0)
+        _, metrics = jax.jit(step)(state, batch)
+        images = noise_and_scale(batch["image"], example_keys(1, state.step, batch["index"]))
+        logits = np.asarray(Network(norm=False).apply({"params": state.params}, images, train=True))
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        targets = (1 - smoothing) * np.eye(CLASSES)[batch["label"]] + smoothing / CLASSES
+        expected = -(targets * log_probabilities).sum(-1).mean()
+        np.testing.assert_allclose(metrics["train/loss"], expected, rtol=1e-6)
+        right = (logits.argmax(-1) == batch["label"]).mean()
+        np.testing.assert_allclose(metrics["train/accuracy"], right)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_mixing_is_the_same_on_any_number_of_devices(devices):
+    """In parts, too; and it does change the step."""
+    options = {"mixup": 0.5, "cutmix": 1.0, "accumulate_steps": 2}
+    with jax.enable_x64(True):
+        one, many = (train_on(number, 5, feather_for(0.9), **options) for number in (1, devices))
+        plain = train_on(1, 5, feather_for(0.9), accumulate_steps=2)
+    assert_close(many, one, 1e-10)
+    assert abs(plain[1]["train/loss"] - one[1]["train/loss"]) > 1e-3
+
+
+def test_ranks_count_the_classes_before():
+    logits = np.random.default_rng(0).integers(0, 4, (50, 6)).astype(np.float32)  # many are equal
+    for label in range(6):
+        expected = [
+            sorted(range(6), key=lambda k, row=row: (-row[k], k)).index(label) for row in logits
+        ]
+        labels = jnp.full(50, label, jnp.int32)
+        assert ranks(jnp.asarray(logits), labels).tolist() == expected
+
+
+def test_what_is_not_a_number_is_not_right():
+    logits = jnp.array([[jnp.nan, 1.0, 2.0], [jnp.nan, jnp.nan, jnp.nan], [0.0, jnp.nan, 1.0]])
+    found = ranks(logits, jnp.array([2, 1, 2]))
+    assert (found > 0).all()
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_evaluation_gives_every_example_in_order_on_every_device(devices):
+    network = Network(norm=False)
+    variables = network.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), train=False)
+    batch = global_batch(0)
+    del batch["index"]
+    batch["mask"] = np.arange(BATCH) % 3 > 0
+    step = make_eval_step(network, lambda images: images / 255)
+    chosen = jax.devices()[:devices]
+    mesh = jax.sharding.Mesh(np.array(chosen), (parallel.AXIS,))
+    on_devices = jax.pmap(
+        lambda variables, batch: step(variables, batch, axis_name=parallel.AXIS),
+        axis_name=parallel.AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=chosen,
+    )
+    found = on_devices(parallel.replicate(variables, mesh), parallel.shard(batch, mesh))
+    logits = np.asarray(network.apply(variables, batch["image"] / 255, train=False), np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(BATCH), batch["label"]]
+    np.testing.assert_array_equal(found["mask"], batch["mask"])
+    np.testing.assert_array_equal(found["label"], batch["label"])
+    np.testing.assert_array_equal(found["prediction"], logits.argmax(-1))
+    np.testing.assert_allclose(found["loss"], losses, rtol=1e-5)
+    np.testing.assert_array_equal(
+        found["rank"], (logits > logits[np.arange(BATCH), batch["label"], None]).sum(-1)
+    )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
+import cv2
 import grain
 import numpy as np
 from absl import flags
@@ -121,8 +122,8 @@ class Reader:
         for i, number in enumerate(self.train_order.train_examples(step).tolist()):
             labels[i] = self._decode_or_next(number, boxes[i], images[i])
         if self.spec.flip:
-            mirrored = u[:, -1] < 0.5
-            images[mirrored] = images[mirrored, :, ::-1]
+            for i in np.flatnonzero(u[:, -1] < 0.5).tolist():
+                images[i] = cv2.flip(images[i], 1).reshape(self.image_shape)
         return {"image": images, "label": labels, "index": positions}
 
     def _eval_batch(self, batch: int) -> Batch:
@@ -134,7 +135,7 @@ class Reader:
             except UserError:
                 if not self._skips_damaged:
                     raise
-                mask[i] = False
+                images[i], mask[i] = 0, False
         return {"image": images, "label": labels, "mask": mask}
 
     def _decode_or_next(self, number: int, choose: ChooseBox, out: np.ndarray) -> int:
@@ -169,7 +170,7 @@ class Reader:
         return photographs.center_box(height, width, self.spec.center_crop)
 
     def _empty(self, count: int) -> tuple[UInt8[np.ndarray, "b s s c"], Int32[np.ndarray, " b"]]:
-        return np.zeros((count, *self.image_shape), np.uint8), np.zeros(count, np.int32)
+        return np.empty((count, *self.image_shape), np.uint8), np.zeros(count, np.int32)
 
     @property
     def _skips_damaged(self) -> bool:

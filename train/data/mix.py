@@ -1,9 +1,9 @@
 """Mixup and CutMix: two examples in one, with the labels of both.
 
 The partner of the example at position i of the global batch is the one at i XOR 1, its neighbour
-in a pair. The order of examples is random, so it is a random other one; and wherever an even number
-of neighbouring examples is together, on a device or in a part of an accumulated batch, so are
-partners. The number of devices, processes and parts therefore changes nothing.
+in a pair. The order of examples is random, so it is a random other one; and where devices have an
+even number of examples each, partners are on the same device. So the number of devices and of
+processes changes nothing.
 """
 
 import jax

@@ -1,6 +1,7 @@
 """The report of a run: one page that stands alone."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from jaxtyping import PyTree
@@ -10,7 +11,7 @@ from train.backbones import magnitude
 from train.config import flat
 from train.errors import writing
 from train.experiment import prunable_mask
-from train.look import page, pictures
+from train.look import mistakes, page, pictures
 from train.look.inspection import (
     PrunableLayer,
     histogram_of,
@@ -19,10 +20,12 @@ from train.look.inspection import (
     thresholds_of,
     total_of,
 )
+from train.look.mistakes import ClassRow, Mistake
 from train.run.timing import COMPILED, XLA
-from train.store import model_file
+from train.store import model_file, predictions
 from train.store.files import write_atomically
 from train.store.model_file import SavedModel
+from train.store.predictions import Predictions, Thumbnail
 from train.store.runs import Run
 
 
@@ -62,12 +65,15 @@ def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
     histogram = None
     if not run.dense:
         histogram = histogram_of(dense_params, params, prunable)
+    names = model.metadata.classes or [str(i) for i in range(model.metadata.num_classes)]
+    saved = predictions.load(run.workdir / "predictions.npz")
     with page.style():
         text = page.render(
             "report.html",
             title=run.title,
             story=_story(run, model),
             tiles=_tiles(run, model, total, macs, twin),
+            outcome=_outcome(*saved, names) if saved else None,
             curves=pictures.curve_pictures(run.records),
             weights=pictures.weight_pictures(histogram) if histogram else [],
             threshold=f"{histogram.threshold:.4g}" if histogram else "",
@@ -81,6 +87,36 @@ def write(run: Run, dense_params: PyTree, twin: Run | None = None) -> None:
         )
     with writing(run.workdir):
         write_atomically(run.workdir / "report.html", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the network makes of the evaluation examples.
+
+    Attributes:
+      top5: the fraction whose class is among the five first; None where there are no more.
+      classes: a row for each class.
+      matrix: whether they are few enough for a table of all pairs.
+      confusions: the most frequent mistakes: a class, what it was taken for, how often.
+      mistakes: the pictures that are most wrong.
+    """
+
+    top5: float | None
+    classes: list[ClassRow]
+    matrix: bool
+    confusions: list[tuple[str, str, int]]
+    mistakes: list[Mistake]
+
+
+def _outcome(found: Predictions, shown: Sequence[Thumbnail], names: Sequence[str]) -> Outcome:
+    confusion = found.confusion(len(names))
+    return Outcome(
+        top5=found.top(5) if len(names) > 5 else None,
+        classes=mistakes.class_rows(confusion, names),
+        matrix=len(names) <= mistakes.LARGEST_MATRIX,
+        confusions=mistakes.confusions(confusion, names),
+        mistakes=mistakes.mistakes(found, shown, names),
+    )
 
 
 def _story(run: Run, model: SavedModel) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -15,43 +16,34 @@ from train.data.spec import FOLDER, facts
 from train.errors import UserError
 from train.step import make_eval_step
 from train.store.model_file import SavedModel
+from train.store.predictions import Predictions
 
 
 def evaluate(
     eval_step: Callable[..., Any], variables: PyTree, data: DataSet, mesh: Mesh
-) -> dict[str, float]:
-    """The loss, the accuracy and the number of examples of the evaluation split, each taken once.
+) -> Predictions:
+    """What the network makes of the evaluation split, each example taken once.
 
     Args:
       eval_step: `train.step.make_eval_step`'s, through `train.parallel.on_all_devices`.
       variables: the network's variables, replicated over the mesh.
       data: the data set.
       mesh: all devices.
-
-    Returns:
-      `eval/loss` (the mean, in nats), `eval/accuracy` and `eval/examples`.
     """
-    totals = {"loss": 0.0, "correct": 0, "examples": 0}
-
-    def add(sums: dict[str, jax.Array]) -> None:
-        for name, value in jax.device_get(sums).items():
-            totals[name] += value.item()
-
+    outcomes: list[dict[str, np.ndarray]] = []
     in_flight: deque[dict[str, jax.Array]] = deque()
     for batch in data.eval_batches():
         in_flight.append(eval_step(variables, parallel.shard(batch, mesh)))
         if len(in_flight) == 2:
-            add(in_flight.popleft())
-    while in_flight:
-        add(in_flight.popleft())
-    return {
-        "eval/loss": totals["loss"] / totals["examples"],
-        "eval/accuracy": totals["correct"] / totals["examples"],
-        "eval/examples": totals["examples"],
-    }
+            outcomes.append(jax.device_get(in_flight.popleft()))
+    outcomes.extend(map(jax.device_get, in_flight))
+    joined = {name: np.concatenate([each[name] for each in outcomes]) for name in outcomes[0]}
+    (examples,) = np.nonzero(joined.pop("mask"))
+    chosen = {name: values[examples] for name, values in joined.items()}
+    return Predictions(example=examples.astype(np.int32), **chosen)
 
 
-def evaluate_model(model: SavedModel, data: DataSet) -> dict[str, float]:
+def evaluate_model(model: SavedModel, data: DataSet) -> Predictions:
     """What `evaluate` gives for a model file, on all devices."""
     mesh = parallel.device_mesh()
     eval_step = make_eval_step(model.network, data.eval_preprocess)

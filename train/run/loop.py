@@ -67,7 +67,7 @@ def current_variables(prune: Pruning, state: TrainState) -> PyTree:
 
 def evaluated(session: Session, variables: PyTree, kept: Kept) -> tuple[Record, Kept]:
     """The evaluation of sparse variables, and which weights they keep."""
-    evaluation = session.evaluate(variables)
+    evaluation: Record = session.evaluate(variables).figures
     if not session.experiment.config.sparsity:
         return evaluation, kept
     churn, kept = mask_churn(kept, pruned_leaves(session.experiment, variables["params"]))

@@ -27,11 +27,12 @@ from train.run.workdir import (
     check_unfinished,
     clear_damage,
     open_workdir,
+    with_found,
 )
 from train.step import make_eval_step
 from train.store import checkpoint
 from train.store.checkpoint import Checkpoints, Restored
-from train.store.metrics import Record
+from train.store.predictions import Predictions
 
 
 @flax.struct.dataclass
@@ -71,7 +72,7 @@ class Session:
       start: the state to go on from, on all devices.
       workdir: the run's folder, which is locked.
       mesh: all devices.
-      evaluate: gives the loss and the accuracy of variables that are on all devices.
+      evaluate: what the network makes of the evaluation split, with variables on all devices.
       journal: what the run tells.
       checkpoints: where it saves its states.
       interruption: the signals that came.
@@ -82,7 +83,7 @@ class Session:
     start: Progress
     workdir: pathlib.Path
     mesh: Mesh
-    evaluate: Callable[[PyTree], Record]
+    evaluate: Callable[[PyTree], Predictions]
     journal: Journal
     checkpoints: Checkpoints
     interruption: Interruption
@@ -102,8 +103,14 @@ def open_session(
     if not parallel.is_first():
         say = _silent
     parallel.check_batch_size(config.batch_size, config.accumulate_steps)
+    if config.mixup or config.cutmix:
+        parallel.check_pairs(config.batch_size)
+    config = with_found(config, workdir)
     check_same_run(config, workdir)
     experiment = experiment_lib.build(config)
+    config = experiment.config
+    for note in experiment.data.notes:
+        say(note)
     like = beginning(experiment, abstract_state(experiment)).items()
     check_room(workdir, like)
 

@@ -15,12 +15,32 @@ from jaxtyping import PyTree
 
 from train import parallel
 from train.config import RESUMABLE, Config, flat
+from train.data.spec import COMPUTED
 from train.errors import StorageError, UserError, writing
 from train.store import checkpoint
 from train.store.files import write_json
 
 # Network file systems show a new file to the other hosts after a while.
 VISIBLE_SECONDS = 60
+
+
+def with_found(config: Config, workdir: pathlib.Path) -> Config:
+    """The configuration with what the run's first start found out about its data set.
+
+    So the run goes on with the classes that it began with, and with the mean and the deviation
+    that were computed then, whatever has come to its folder of pictures since.
+    """
+    try:
+        was = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["data"]
+        found = {name: was[name] for name in ("classes", "mean", "std") if name in was}
+    except (OSError, ValueError, TypeError, LookupError):  # `check_same_run` says what is wrong
+        return config
+    asked = {
+        name: value
+        for name, value in found.items()
+        if config.data.get(name) == COMPUTED or (name == "classes" and not config.data.get(name))
+    }
+    return config.model_copy(update={"data": config.data | asked})
 
 
 def check_same_run(config: Config, workdir: pathlib.Path) -> None:

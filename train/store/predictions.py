@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +23,16 @@ class Predictions:
     label: Int32[np.ndarray, " n"]
     prediction: Int32[np.ndarray, " n"]
     rank: Int32[np.ndarray, " n"]
-    loss: Float32[np.ndarray, " n"]
-
-    def __len__(self) -> int:
-        return len(self.label)
+    loss: Float[np.ndarray, " n"]
 
     @property
-    def mean_loss(self) -> float:
-        """Over all examples, in nats."""
-        return float(np.mean(self.loss, dtype=np.float64))
-
-    @property
-    def accuracy(self) -> float:
-        """The fraction of the examples that are right."""
-        return float(np.mean(self.prediction == self.label))
+    def figures(self) -> dict[str, float]:
+        """`eval/loss` (the mean, in nats), `eval/accuracy` and `eval/examples`."""
+        return {
+            "eval/loss": float(np.mean(self.loss, dtype=np.float64)),
+            "eval/accuracy": float(np.mean(self.prediction == self.label)),
+            "eval/examples": len(self.label),
+        }
 
     def top(self, k: int) -> float:
         """The fraction of the examples whose class is among the k first."""

@@ -275,8 +275,10 @@ def test_evaluation_covers_every_example_once(batch_size):
     eval_step = make_eval_step(built.model, built.data.eval_preprocess)
     eval_step = parallel.on_all_devices(eval_step, donate_state=False)
     result = evaluate(eval_step, parallel.replicate(variables, mesh), built.data, mesh)
-    assert result["eval/examples"] == 360
-    assert result["eval/accuracy"] * 360 == pytest.approx(right, abs=1e-9)
+    assert result.example.tolist() == list(range(360))
+    assert result.label.tolist() == labels.tolist()
+    assert result.figures["eval/examples"] == 360
+    assert result.figures["eval/accuracy"] * 360 == pytest.approx(right, abs=1e-9)
 
 
 def test_excluded_parameters_stay_dense(tmp_path):

@@ -37,10 +37,11 @@ def some(seed, n, classes):
 def test_measures_are_counts(seed, n, classes):
     found = some(seed, n, classes)
     pairs = list(zip(found.label.tolist(), found.prediction.tolist(), strict=True))
-    assert found.accuracy == pytest.approx(sum(a == b for a, b in pairs) / n)
-    assert found.top(1) == pytest.approx(found.accuracy)
+    assert found.figures["eval/accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / n)
+    assert found.figures["eval/loss"] == pytest.approx(sum(found.loss.tolist()) / n)
+    assert found.figures["eval/examples"] == n
+    assert found.top(1) == pytest.approx(found.figures["eval/accuracy"])
     assert found.top(classes) == 1
-    assert found.mean_loss == pytest.approx(sum(found.loss.tolist()) / n)
     confusion = found.confusion(classes)
     for a in range(classes):
         for b in range(classes):
