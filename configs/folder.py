@@ -26,7 +26,7 @@ def get_config(network: str = "resnet18") -> ml_collections.ConfigDict:
     config.log_every_steps = 50
 
     if network == "resnet8":
-        config.model.widths = (16, 32, 64)
+        config.model.widths = (8, 16, 32)
         config.data.update(image_size=28, grey=True, mean="computed", std="computed")
         config.data.crop_padding = 2
         config.batch_size = 128
