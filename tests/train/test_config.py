@@ -37,6 +37,8 @@ TYPED = {
     "label_smoothing": ("0.1", 0.1),
     "accumulate_steps": ("2", 2),
     "compute_dtype": ("bfloat16", "bfloat16"),
+    "mixup": ("0.2", 0.2),
+    "cutmix": ("1", 1.0),
     "seed": ("7", 7),
     "init_from": ("runs/before", "runs/before"),
     "head": ("last/.*", "last/.*"),
