@@ -84,7 +84,8 @@ def emit_program(plan: Plan, target: Target, timed: bool = True) -> ir.Module:
     """A module with void feather_run(inputs, outputs, workspace, weights, stamps).
 
     `inputs` and `outputs` point to the addresses of the arrays. Where `stamps` is not null and the
-    program is to be `timed`, a clock is written there before the first step and after each, int64.
+    program is to be `timed`, a clock is written there before the first step and after each of every
+    turn, int64.
     """
     code = Code(target)
     kind = ir.FunctionType(VOID, [POINTER] * 5)
@@ -93,28 +94,38 @@ def emit_program(plan: Plan, target: Target, timed: bool = True) -> ir.Module:
     inputs, outputs, workspace, weights, stamps = function.args
     bases = {"workspace": workspace, "weights": weights}
 
-    def operand(place: Place) -> Value:
+    def operand(place: Place, turn: Value) -> Value:
         if place.space in bases:
             return b.address(bases[place.space], place.offset)
-        table = inputs if place.space == "input" else outputs
-        return b.address(b.read(table, POINTER, 8 * place.index), place.offset)
+        table, arrays = (inputs, plan.inputs) if place.space == "input" else (outputs, plan.outputs)
+        base = b.read(table, POINTER, 8 * place.index)
+        if plan.turns > 1:
+            base = b.address(base, b.scale(turn, arrays[place.index].nbytes // plan.turns))
+        return b.address(base, place.offset)
 
-    def stamp(number: int) -> None:
+    def stamp(number: Value) -> None:
         if not timed:
             return
         with b.if_then(b.icmp_unsigned("!=", stamps, ir.Constant(POINTER, None))):
-            b.write(_clock(b), stamps, 8 * number)
+            b.write(_clock(b), stamps, b.scale(number, 8))
 
-    stamp(0)
-    for number, step in enumerate(plan.steps):
-        kernel, items = emit_kernel(code, step.kernel), step.kernel.items
-        operands = [operand(place) for place in step.operands]
-        if plan.threads == 1:
-            b.call(kernel, [*operands, i64(0), i64(items)])
-        else:
-            counter = b.address(workspace, 2 * LINE * number)
-            _call_shared(b, kernel, operands, items, plan.threads, counter)
-        stamp(number + 1)
+    def all_steps(turn: Value) -> None:
+        for number, step in enumerate(plan.steps):
+            kernel, items = emit_kernel(code, step.kernel), step.kernel.items
+            operands = [operand(place, turn) for place in step.operands]
+            index = b.add(b.scale(turn, len(plan.steps)), i64(number))
+            if plan.threads == 1:
+                b.call(kernel, [*operands, i64(0), i64(items)])
+            else:
+                counter = b.address(workspace, b.scale(index, 2 * LINE))
+                _call_shared(b, kernel, operands, items, plan.threads, counter)
+            stamp(b.add(index, i64(1)))
+
+    stamp(i64(0))
+    if plan.turns == 1:
+        all_steps(i64(0))
+    else:
+        b.loop(i64(0), i64(plan.turns), all_steps)
     b.ret_void()
     return code.module
 

@@ -1,6 +1,7 @@
 """A program as plain data: its steps in order, where each finds its operands, and the weights."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,10 @@ class Array:
 
     shape: Shape
     dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Step:
       operands: the result, then what the kernel's class lists.
       shape: of the result, as an array of rows.
       nonzeros: weights that are not zero.
-      macs: multiply-accumulates.
+      macs: multiply-accumulates of a turn.
     """
 
     layer: str
@@ -121,6 +126,8 @@ class Plan:
       steps: in order.
       workspace: bytes of working memory, to be aligned to cache lines.
       threads: for how many the work is cut.
+      turns: how often the steps are done, each time for the next part of all inputs and outputs
+        along their first axes: for a batch that is computed image by image.
     """
 
     inputs: tuple[Array, ...]
@@ -128,15 +135,17 @@ class Plan:
     steps: tuple[Step, ...]
     workspace: int
     threads: int
+    turns: int = 1
 
     @property
     def counters(self) -> int:
         """Bytes at the start of the working memory with which threads share the steps."""
-        return 2 * LINE * len(self.steps) if self.threads > 1 else 0
+        return 2 * LINE * len(self.steps) * self.turns if self.threads > 1 else 0
 
     @property
     def macs(self) -> int:
-        return sum(step.macs for step in self.steps)
+        """Multiply-accumulates of all turns."""
+        return self.turns * sum(step.macs for step in self.steps)
 
     def __str__(self) -> str:
         rows = [
@@ -150,7 +159,9 @@ class Plan:
             for step in self.steps
         ]
         nonzeros = sum(step.nonzeros for step in self.steps)
-        rows.append(("all", f"{self.workspace:,} bytes", "", f"{nonzeros:,}", f"{self.macs:,}"))
+        turns = f", {self.turns} turns" if self.turns > 1 else ""
+        size = f"{self.workspace:,} bytes{turns}"
+        rows.append(("all", size, "", f"{nonzeros:,}", f"{self.macs:,}"))
         return format_table(("layer", "kernel", "result", "non-zeros", "MACs"), rows)
 
 

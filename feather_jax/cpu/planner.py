@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from feather_jax.cpu.arrange import (
 )
 from feather_jax.cpu.convolution import SparseConvolution
 from feather_jax.cpu.dense import DenseProduct, SparseProduct, pack_product, pad_outputs
+from feather_jax.cpu.drafts import Block, Draft, Operand, Weights, place_blocks
 from feather_jax.cpu.graph import (
     Concatenate,
     Constant,
@@ -30,8 +30,8 @@ from feather_jax.cpu.graph import (
     Reduce,
     Reshape,
 )
+from feather_jax.cpu.images import is_by_image, one_image
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles, pixels, places
-from feather_jax.cpu.memory import ALIGNMENT, Lifetime, allocate
 from feather_jax.cpu.pack import pack
 from feather_jax.cpu.plan import Array, Copy, Kernel, Place, Plan, RowsKernel, Step
 from feather_jax.cpu.target import Target
@@ -54,68 +54,25 @@ def make_plan(graph: Graph, target: Target, threads: int = 1) -> tuple[Plan, np.
     Returns:
       The plan, and the weights that it refers to, uint8.
     """
-    planner = _Planner(graph, target, threads)
+    turns = 1
+    if is_by_image(graph, target.lanes) and (images := one_image(graph)):
+        graph, turns = images
+    planner = _Planner(graph, target, threads, turns)
     for node in graph.nodes:
         planner.add(node)
     planner.finish()
     return planner.plan(), planner.weights.bytes()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """An operand in working memory whose place is not known yet."""
-
-    number: int
-    offset: int = 0
-
-
-_Operand = Place | _Block
-
-
-@dataclasses.dataclass
-class _Draft:
-    """A step whose operands have no places yet, and the operand that its result may replace."""
-
-    layer: str
-    kernel: Kernel
-    operands: list[_Operand]
-    node: Node
-    nonzeros: int = 0
-    macs: int = 0
-    in_place: _Operand | None = None
-
-
-class _Weights:
-    """All that a program keeps: arrays one behind the other, none twice."""
-
-    def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
-        self._known: dict[bytes, Place] = {}
-        self._size = 0
-
-    def add(self, array: np.ndarray) -> Place:
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        key = raw.tobytes()
-        if key not in self._known:
-            self._known[key] = Place("weights", self._size)
-            padded = np.pad(raw, (0, -raw.size % ALIGNMENT))
-            self._arrays.append(padded)
-            self._size += padded.size
-        return self._known[key]
-
-    def bytes(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.uint8), *self._arrays])
-
-
 class _Planner:
-    def __init__(self, graph: Graph, target: Target, threads: int):
-        self.graph, self.target, self.threads = graph, target, threads
-        self.weights = _Weights()
+    def __init__(self, graph: Graph, target: Target, threads: int, turns: int):
+        self.graph, self.target, self.threads, self.turns = graph, target, threads, turns
+        self.weights = Weights()
         self._arrangement: Arrangement = arrange(graph, target.lanes)
-        self._drafts: list[_Draft] = []
+        self._drafts: list[Draft] = []
         self._blocks: list[int] = []  # bytes of each
-        self._rows: dict[Node, _Operand] = {}
-        self._tiled: dict[tuple[Node, Tiles], tuple[_Operand, Tiles]] = {}
+        self._rows: dict[Node, Operand] = {}
+        self._tiled: dict[tuple[Node, Tiles], tuple[Operand, Tiles]] = {}
         self._parents = _parents(graph, self._arrangement)
         self._results = _results(graph)
 
@@ -157,8 +114,8 @@ class _Planner:
 
     def plan(self) -> Plan:
         """The steps with places."""
-        places, size = _place(self._drafts, self._blocks)
-        counters = 2 * LINE * len(self._drafts) if self.threads > 1 else 0
+        places, size = place_blocks(self._drafts, self._blocks)
+        counters = 2 * LINE * len(self._drafts) * self.turns if self.threads > 1 else 0
         steps = tuple(
             Step(
                 draft.layer,
@@ -176,43 +133,48 @@ class _Planner:
             for draft in self._drafts
         )
         inputs, outputs = (
-            tuple(Array(node.shape, node.dtype) for node in nodes)
+            tuple(self._all_turns(node) for node in nodes)
             for nodes in (self.graph.inputs, self.graph.outputs)
         )
-        return Plan(inputs, outputs, steps, counters + size, self.threads)
+        return Plan(inputs, outputs, steps, counters + size, self.threads, self.turns)
 
-    def _step(self, node: Node, kernel: Kernel, operands: list[_Operand], **more) -> None:
-        self._drafts.append(_Draft(node.name, kernel, operands, node, **more))
+    def _all_turns(self, node: Node) -> Array:
+        """An argument or result as the caller has it."""
+        shape = node.shape
+        return Array((self.turns * shape[0], *shape[1:]) if self.turns > 1 else shape, node.dtype)
 
-    def _new(self, nbytes: int) -> _Block:
+    def _step(self, node: Node, kernel: Kernel, operands: list[Operand], **more) -> None:
+        self._drafts.append(Draft(node.name, kernel, operands, node, **more))
+
+    def _new(self, nbytes: int) -> Block:
         self._blocks.append(nbytes)
-        return _Block(len(self._blocks) - 1)
+        return Block(len(self._blocks) - 1)
 
-    def _new_rows(self, node: Node) -> _Operand:
+    def _new_rows(self, node: Node) -> Operand:
         """Where a node's result is to lie by rows."""
         if node in self._results:
-            operand: _Operand = Place("output", 0, self._results[node])
+            operand: Operand = Place("output", 0, self._results[node])
         else:
             operand = self._new(math.prod(node.shape) * node.dtype.itemsize)
         self._rows[node] = operand
         return operand
 
-    def _new_tiled(self, node: Node) -> tuple[_Operand, Tiles]:
+    def _new_tiled(self, node: Node) -> tuple[Operand, Tiles]:
         """Where a node's result is to lie in its own tiles: in a concatenation if it is part."""
         tiles = self._arrangement.versions[node][0]
         if (node, tiles) not in self._tiled:
             if node in self._parents:
                 parent, channel = self._parents[node]
                 base, whole = self._new_tiled(parent)
-                assert isinstance(base, _Block)
-                operand = _Block(base.number, base.offset + channel * whole.plane)
+                assert isinstance(base, Block)
+                operand = Block(base.number, base.offset + channel * whole.plane)
                 pitched = dataclasses.replace(tiles, pitch=whole.pitch or whole.channels)
                 self._tiled[node, tiles] = operand, pitched
             else:
                 self._tiled[node, tiles] = self._new(tiles.nbytes), tiles
         return self._tiled[node, tiles]
 
-    def _in_rows(self, node: Node) -> _Operand:
+    def _in_rows(self, node: Node) -> Operand:
         """A node's result by rows."""
         if node not in self._rows:
             x, tiles = self._new_tiled(node)
@@ -223,7 +185,7 @@ class _Planner:
             self._step(node, kernel, [self._new_rows(node), x, self.weights.add(table)])
         return self._rows[node]
 
-    def _in_tiles(self, node: Node, need: Need) -> tuple[_Operand, Tiles]:
+    def _in_tiles(self, node: Node, need: Need) -> tuple[Operand, Tiles]:
         """A node's result in the tiles that a reader needs."""
         tiles = self._arrangement.version(node, need)
         if (node, tiles) not in self._tiled:
@@ -231,7 +193,7 @@ class _Planner:
             space = (tiles.batch, tiles.height, tiles.width, tiles.grid[0])
             if made and space == (made.batch, made.height, made.width, made.grid[0]):
                 x, old = self._new_tiled(node)
-                operand: _Operand = self._new(tiles.nbytes)
+                operand: Operand = self._new(tiles.nbytes)
                 self._step(node, Retile(old, tiles), [operand, x])
             else:
                 x, operand = self._in_rows(node), self._new(tiles.nbytes)
@@ -245,7 +207,7 @@ class _Planner:
             self._tiled[node, tiles] = operand, tiles
         return self._tiled[node, tiles]
 
-    def _input(self, node: Node, number: int) -> tuple[_Operand, Tiles]:
+    def _input(self, node: Node, number: int) -> tuple[Operand, Tiles]:
         """An input in the tiles that a node's kernel needs."""
         need = needs(node, self._arrangement.made)[number]
         assert need is not None
@@ -254,14 +216,14 @@ class _Planner:
     def _mask(self, y: Tiles) -> Place:
         return Place("weights") if y.exact else self.weights.add(mask_of(y))
 
-    def _fill_halo(self, node: Node, y: _Operand, tiles: Tiles) -> None:
+    def _fill_halo(self, node: Node, y: Operand, tiles: Tiles) -> None:
         if tiles.halo != NO_HALO:
             self._step(node, Halo(tiles), [y])
 
     def _bias(self, op: Convolution) -> np.ndarray:
         return np.zeros(op.weights.shape[3], np.float32) if op.bias is None else op.bias
 
-    def _rows_kernel(self, node: Node, kernel: RowsKernel, operands: list[_Operand]) -> None:
+    def _rows_kernel(self, node: Node, kernel: RowsKernel, operands: list[Operand]) -> None:
         """In place where each element of the result takes the place of the first input's."""
         alike = isinstance(kernel.operation, Elementwise) and kernel.inputs[0] == Array(
             node.shape, node.dtype
@@ -328,7 +290,7 @@ class _Planner:
         self._fill_halo(node, y, tiles)
 
     def _elementwise(self, node: Node, op: Elementwise) -> None:
-        operands: list[_Operand] = []
+        operands: list[Operand] = []
         layouts: list[Tiles | tuple[int, int]] = []
         for number, each in enumerate(node.inputs):
             if each.shape == node.shape:
@@ -353,8 +315,8 @@ class _Planner:
         for number, each in enumerate(node.inputs):
             if self._parents.get(each) != (node, channel):
                 x, own = self._input(node, number)
-                assert isinstance(y, _Block)
-                part = _Block(y.number, y.offset + channel * tiles.plane)
+                assert isinstance(y, Block)
+                part = Block(y.number, y.offset + channel * tiles.plane)
                 layout = dataclasses.replace(
                     tiles, channels=each.shape[3], pitch=tiles.pitch or tiles.channels
                 )
@@ -390,34 +352,3 @@ def _results(graph: Graph) -> dict[Node, int]:
         if not isinstance(source.operation, Input | Constant):
             results.setdefault(source, index)
     return results
-
-
-def _place(drafts: Sequence[_Draft], blocks: Sequence[int]) -> tuple[list[int], int]:
-    """The offset of every block in working memory, and its size."""
-    first, last = [len(drafts)] * len(blocks), [-1] * len(blocks)
-    for number, draft in enumerate(drafts):
-        for each in draft.operands:
-            if isinstance(each, _Block):
-                first[each.number] = min(first[each.number], number)
-                last[each.number] = number
-
-    same = list(range(len(blocks)))  # the block whose memory each one has
-    for number, draft in enumerate(drafts):
-        old, new = draft.in_place, draft.operands[0]
-        if not isinstance(old, _Block) or not isinstance(new, _Block):
-            continue
-        i, j = same[old.number], new.number
-        reads = [same[each.number] for each in draft.operands[1:] if isinstance(each, _Block)]
-        if (
-            (old.offset, new.offset) == (0, 0)
-            and blocks[i] == blocks[j]
-            and (last[i], first[j]) == (number, number)
-            and reads.count(i) == 1
-        ):
-            same[j], last[i] = i, last[j]
-
-    roots = sorted(set(same))
-    lifetimes = [Lifetime(blocks[i], first[i], last[i]) for i in roots]
-    offsets, size = allocate(lifetimes)
-    place = dict(zip(roots, offsets, strict=True))
-    return [place[each] for each in same], size

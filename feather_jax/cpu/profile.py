@@ -19,15 +19,15 @@ class Profile:
 
     Attributes:
       steps: the plan's.
-      seconds: of each step, the median of several runs.
-      peak: multiply-accumulates a second of one core, measured from registers.
-      threads: that took part.
+      seconds: of each step in all turns, the median of several runs.
+      peak: multiply-accumulates a second of the cores that took part, measured from registers.
+      turns: how often the steps are done.
     """
 
     steps: tuple[Step, ...]
     seconds: tuple[float, ...]
     peak: float
-    threads: int
+    turns: int
 
     @property
     def total(self) -> float:
@@ -36,10 +36,10 @@ class Profile:
 
     def __str__(self) -> str:
         cells = [
-            (step.layer, describe(step.kernel), step.macs, seconds)
+            (step.layer, describe(step.kernel), self.turns * step.macs, seconds)
             for step, seconds in zip(self.steps, self.seconds, strict=True)
         ]
-        cells.append(("all", "", sum(step.macs for step in self.steps), self.total))
+        cells.append(("all", "", sum(macs for _, _, macs, _ in cells), self.total))
         rows = [
             (
                 layer,
@@ -47,7 +47,7 @@ class Profile:
                 f"{1e6 * seconds:,.1f}",
                 f"{seconds / self.total:.1%}" if self.total else "",
                 f"{macs / seconds / 1e9:.1f}" if macs and seconds else "",
-                f"{macs / seconds / (self.peak * self.threads):.0%}" if macs and seconds else "",
+                f"{macs / seconds / self.peak:.0%}" if macs and seconds else "",
             )
             for layer, kernel, macs, seconds in cells
         ]
@@ -60,12 +60,12 @@ def profile(
     """Runs a program for a while.
 
     Args:
-      run: runs it and writes the clock before its first step and after each, int64.
+      run: runs it and writes the clock before its first step and after each of every turn, int64.
       plan: the program's.
       target: the machine.
       seconds: for how long, after a first run that is not counted.
     """
-    stamps = np.zeros(len(plan.steps) + 1, np.int64)
+    stamps = np.zeros(len(plan.steps) * plan.turns + 1, np.int64)
     run(stamps)
     runs: list[np.ndarray] = []
     stop = time.perf_counter() + seconds
@@ -73,10 +73,11 @@ def profile(
         begin = time.perf_counter()
         run(stamps)
         wall = time.perf_counter() - begin
-        ticks = np.diff(stamps)
+        ticks = np.diff(stamps).reshape(plan.turns, -1).sum(0)
         runs.append(ticks * (wall / max(1, ticks.sum())))
     median = np.median(runs, axis=0)
-    return Profile(plan.steps, tuple(median.tolist()), measure_peak(target), plan.threads)
+    peak = plan.threads * measure_peak(target)
+    return Profile(plan.steps, tuple(median.tolist()), peak, plan.turns)
 
 
 @functools.cache
