@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, PyTree, ScalarLike
 from feather_jax.masks import Mask
 from feather_jax.operator import check_exponent, sparsify
 from feather_jax.schedule import as_step, check_step, check_theta, cubic_schedule, default_theta
-from feather_jax.selection import AxisName, global_threshold
+from feather_jax.selection import global_threshold
 from feather_jax.transform import scale_pruned_gradients
+from feather_jax.weights import AxisName
 from feather_jax.wrap import wrap
 
 

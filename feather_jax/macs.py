@@ -3,6 +3,7 @@
 Everything is read off the jaxpr, so it works for any model, whichever library defines it.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jaxtyping import PyTree
 
 from feather_jax.masks import path_name
 from feather_jax.summary import format_table
@@ -55,6 +57,44 @@ class Macs:
     def sparse_total(self) -> int:
         """The multiply-accumulates of all layers when the zeros of the kernels are skipped."""
         return sum(layer.sparse_macs for layer in self.layers)
+
+    def cost_per_weight(self, params: PyTree) -> PyTree[float]:
+        """What each weight costs in multiply-accumulates, as `budget_thresholds` takes it.
+
+        Args:
+          params: the parameters that were counted, or Linen's `params` where `variables` were.
+
+        Returns:
+          A pytree like `params` of numbers: of each leaf the multiply-accumulates of all products
+          that it is the kernel of, over its weights; 0 for what is no kernel.
+
+        Raises:
+          ValueError: no leaf of `params` is the kernel of a product.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from feather_jax import count_macs
+          >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
+          >>> fn = lambda params, x: x @ params["kernel"] + params["bias"]
+          >>> count_macs(fn, params, jnp.ones((8, 4))).cost_per_weight(params)
+          {'bias': 0.0, 'kernel': 8.0}
+        """
+        macs: collections.Counter[str] = collections.Counter()
+        for layer in self.layers:
+            macs[layer.name] += layer.macs
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for collection in ("", "params/"):
+            if any(collection + name in macs for name in names):
+                break
+        else:
+            raise ValueError(
+                f"No product that was counted ({', '.join(sorted(macs))}) has its kernel among "
+                "these parameters; pass those that count_macs was called with."
+            )
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: macs[collection + path_name(path)] / max(math.prod(leaf.shape), 1),
+            params,
+        )
 
     def __str__(self) -> str:
         rows = [

@@ -85,7 +85,7 @@ def _search(
     rows = sum(len(leaf.padding) for leaf in leaves)
 
     def searching(state: _State) -> Bool[Array, ""]:
-        return (state.rounds == 0) | jnp.any(_undecided(state.bracket, rank))
+        return (state.rounds == 0) | jnp.any(undecided(state.bracket, rank))
 
     def narrow(state: _State) -> _State:
         # Without the barrier XLA moves the magnitudes out of the loop, into a copy of all weights.
@@ -101,7 +101,7 @@ def _search(
         candidates = next_candidates(bracket, rank, size, state.rounds + 1)
         return _State(bracket, candidates, state.rounds + 1)
 
-    first = first_candidates(leaves, rank, size, bits)
+    first = _first_candidates(leaves, rank, size, bits)
     return lax.while_loop(searching, narrow, _State(everything(size, bits), first, jnp.int32(0)))
 
 
@@ -111,7 +111,7 @@ def everything(size: np.ndarray, bits: np.dtype) -> Bracket:
     return Bracket(least, jnp.zeros(len(size), jnp.uint32), most, jnp.asarray(size), most, most)
 
 
-def _undecided(bracket: Bracket, rank: UInt32[Array, " n"]) -> Bool[Array, " n"]:
+def undecided(bracket: Bracket, rank: UInt32[Array, " n"]) -> Bool[Array, " n"]:
     # With nothing below it, first may be the zero that the search began with: no weight at all.
     more_than_ends = (bracket.upto - bracket.below > 2) | (bracket.below == 0)
     return (bracket.first < bracket.last) & (bracket.upto > rank + 1) & more_than_ends
@@ -146,57 +146,85 @@ def narrowed(bracket: Bracket, found: Survey, under: Bool[Array, "n k"]) -> Brac
     )
 
 
-def first_candidates(
+def _first_candidates(
     leaves: list[Leaf], rank: UInt32[Array, " n"], size: np.ndarray, bits: np.dtype
 ) -> UInt[Array, "n k"]:
-    """Where a small sorted sample of the weights expects `rank` and its neighbourhood."""
-    drawn = _draw(leaves, len(rank), bits)
+    sizes = np.array([size for leaf in leaves for size in leaf.sizes], float)
+    drawn, _ = draw(leaves, sizes if len(rank) == 1 else None, bits)
+    drawn = jnp.sort(drawn.reshape(len(rank), -1))
+    return from_sample(drawn, (rank.astype(jnp.float32) + 0.5) / size.astype(np.float32))
+
+
+def from_sample(drawn: UInt[Array, "n size"], position: Float32[Array, " n"]) -> UInt[Array, "n k"]:
+    """Where a sorted sample expects a relative position among the weights, and about it."""
     length = drawn.shape[1]
-    position = (rank.astype(jnp.float32) + 0.5) / size.astype(np.float32)
     offsets = _FIRST_SPREAD * _deviation(position, length)[:, None]
     index = jnp.clip(position[:, None] + offsets, 0, 1) * (length - 1)
     return jnp.take_along_axis(drawn, index.astype(jnp.int32), axis=1)
 
 
-def _draw(leaves: list[Leaf], n: int, bits: np.dtype) -> UInt[Array, "n size"]:
-    """A sorted sample of all leaves together, if `n` is 1, or of each of their `n` rows."""
+def draw(
+    leaves: list[Leaf], portions: np.ndarray | None, bits: np.dtype
+) -> tuple[UInt[Array, " size"], np.ndarray]:
+    """A sample of all rows, in proportion to `portions`, or without them of as many of each.
+
+    Returns:
+      The magnitudes row by row, and of each the row.
+    """
     total = sum(size for leaf in leaves for size in leaf.sizes)
     wanted = min(max(_SAMPLE_FRACTION * total, _LEAST_SAMPLE), _LARGEST_SAMPLE, total)
+    rows = sum(len(leaf.padding) for leaf in leaves)
+    if portions is None:
+        shares = np.full(rows, _ROW_SAMPLE)
+    else:
+        shares = np.ceil(wanted * portions / portions.sum()).astype(int)
     dtype = jnp.result_type(*(leaf.values for leaf in leaves))
-    drawn, indices, end = [], [], 0
+    drawn, indices, end, row = [], [], 0, 0
     for leaf in leaves:
-        shares = [
-            math.ceil(wanted * size / total) if n == 1 else _ROW_SAMPLE for size in leaf.sizes
-        ]
-        rows = sample(leaf, max(shares)).astype(dtype)
-        length, of = rows.shape[1], leaf.values.size // len(shares)
+        here = shares[row : row + len(leaf.padding)]
+        values = sample(leaf, max(here)).astype(dtype)
+        length, of = values.shape[1], leaf.values.size // len(here)
         # As many of each row as its share, whatever was drawn, so that all stand for as much.
-        for share, zeros in zip(shares, leaf.padding, strict=True):
+        for share, zeros in zip(here, leaf.padding, strict=True):
             filled = max(length - math.ceil(length * zeros / of), 1)
             indices.append(end + np.arange(share) * filled // share)
             end += length
-        drawn.append(rows.ravel())
+        drawn.append(values.ravel())
+        row += len(here)
     values = jnp.concatenate(drawn)[np.concatenate(indices)]
-    return jnp.sort(magnitude_bits(values, bits).reshape(n, -1))
+    return magnitude_bits(values, bits), np.repeat(np.arange(rows), shares)
 
 
 def next_candidates(
     bracket: Bracket, rank: UInt32[Array, " n"], size: np.ndarray, rounds: Int32[Array, ""]
 ) -> UInt[Array, "n k"]:
-    """Where the weights in the bracket would have `rank` if they thinned out exponentially.
+    """Where the weights in the bracket are expected to have `rank`."""
+    count = (bracket.upto - bracket.below).astype(jnp.float32)
+    left = (rank - bracket.below).astype(jnp.float32) + 0.5
+    above = (jnp.asarray(size) - bracket.below).astype(jnp.float32) + 0.5
+    return interpolated(bracket.first, bracket.last, left, count, above, rounds)
+
+
+def interpolated(
+    first: UInt[Array, " n"],
+    last: UInt[Array, " n"],
+    left: Float32[Array, " n"],
+    count: Float32[Array, " n"],
+    above: Float32[Array, " n"],
+    rounds: Int32[Array, ""],
+) -> UInt[Array, "n k"]:
+    """Where `left` of the `count` between first and last would lie if they thinned out
+    exponentially, with `above` from first on.
 
     That is, if the logarithm of the number of weights above a threshold were linear in it, which
     in a narrow bracket is the same as weights that are spread evenly.
     """
-    count = (bracket.upto - bracket.below).astype(jnp.float32)
-    left = (rank - bracket.below).astype(jnp.float32) + 0.5
-    above = (size - bracket.below).astype(jnp.float32) + 0.5
     even = left / count
     position = jnp.log1p(-left / above) / jnp.log1p(-count / above)
     deviation = _deviation(even, count) + _DISAGREEMENT * jnp.abs(position - even)
     positions = jnp.clip(position[:, None] + _SPREAD * deviation[:, None], 0, 1)
 
-    first, last = bracket.first[:, None], bracket.last[:, None]
+    first, last = first[:, None], last[:, None]
     dtype = jnp.float64 if first.dtype == jnp.uint64 else jnp.float32
     least, most = (lax.bitcast_convert_type(x, dtype) for x in (first, last))
     between = least + (most - least) * positions.astype(dtype)

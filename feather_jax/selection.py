@@ -1,24 +1,22 @@
 """From a sparsity to thresholds: one for all weights, or one for each layer."""
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
+import numpy as np
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
-from feather_jax.magnitude import Magnitude, comparison_dtype, measure
-from feather_jax.masks import Mask, no_prunable_weight, prunable_leaves
+from feather_jax.budget import bounded
+from feather_jax.magnitude import Magnitude
+from feather_jax.masks import Mask
 from feather_jax.rank import Rank, ranks
-from feather_jax.search import order_statistics
-from feather_jax.survey import Leaf, put_together
-
-AxisName: TypeAlias = str | tuple[str, ...]
-"""One or several manual axes of `jax.shard_map`."""
+from feather_jax.schedule import check_sparsity
+from feather_jax.search import Statistics, order_statistics
+from feather_jax.survey import put_together
+from feather_jax.weights import AxisName, Static, check_count, collect, measured, on_any_mesh
 
 
 def global_threshold(
@@ -28,7 +26,8 @@ def global_threshold(
     prunable: Mask | None = None,
     magnitude: Magnitude = jnp.abs,
     axis_name: AxisName | None = None,
-) -> Float[Array, ""]:
+    max_sparsity: PyTree[float] | None = None,
+) -> PyTree[Float[Array, ""]]:
     """The magnitude below which the fraction `sparsity` of all prunable weights lies.
 
     With N prunable weights and their magnitudes sorted into a, the rank is m = sparsity (N - 1),
@@ -52,15 +51,21 @@ def global_threshold(
       axis_name: inside `jax.shard_map`, the manual axes over which weights vary: they are counted
         over all devices, weights that do not vary once. Where JAX does not say which vary, with
         `check_vma=False` and in `pmap` and `vmap`, all are taken to.
+      max_sparsity: no leaf loses more than this fraction of its weights, a number in [0, 1], or a
+        pytree prefix of `params` with such numbers; 0 leaves a leaf dense. Others lose more, so
+        that as many are pruned in all.
 
     Returns:
       A scalar, float32, or float64 if a prunable leaf is. Zero where `sparsity` or lo is zero,
       infinite where lo is, NaN if a prunable weight or the sparsity is. Denormals count as zeros
-      where the backend flushes them. The derivative is zero.
+      where the backend flushes them. The derivative is zero. With `max_sparsity` a pytree like
+      `params` of such scalars, the largest magnitudes pruned (not interpolated), 0 for what is not
+      prunable.
 
     Raises:
       ValueError: no weight is prunable, 2**32 or more are, a `sparsity` given as a number is
-        outside [0, 1), or a weight varies over a manual axis that `axis_name` does not name.
+        outside [0, 1) or above what `max_sparsity` allows, or a weight varies over a manual axis
+        that `axis_name` does not name.
 
     References:
       The global backbone of Feather, Glentis Georgoulakis et al., BMVC 2023
@@ -68,77 +73,77 @@ def global_threshold(
     """
     weights = collect(params, prunable, magnitude, axis_name)
     rank = ranks([sparsity], [check_count(sum(weights.sizes))], weights.dtype)
+    if max_sparsity is not None:
+        return bounded(weights, sparsity, rank, max_sparsity)
     return _quantiles(weights.arrays, rank, weights.static)[0]
 
 
-class Static(NamedTuple):
-    """What a selection depends on besides its arrays."""
+def layer_thresholds(
+    params: PyTree,
+    sparsity: PyTree[ScalarLike],
+    *,
+    final: PyTree[float] | Callable[[PyTree], PyTree[float]] | None = None,
+    prunable: Mask | None = None,
+    magnitude: Magnitude = jnp.abs,
+    axis_name: AxisName | None = None,
+) -> PyTree[Float[Array, ""]]:
+    """A threshold for each layer: `global_threshold` of every prunable leaf for itself.
 
-    axes: tuple[tuple[str, ...], ...]  # of each leaf, the manual axes that it varies over
-    magnitude: Magnitude
-    dtype: DTypeLike
+    All leaves are searched together, each pass over the weights serving all. A leaf that holds a
+    stack of layers is one layer.
 
+    Args:
+      params: a pytree of arrays.
+      sparsity: the fraction of zeros in every layer, in [0, 1), or a pytree prefix of `params` with
+        one for each; numbers or arrays, as `global_threshold` takes them.
+      final: where layers differ while the sparsity grows, as in `Feather`: the final sparsities, a
+        pytree prefix of `params` with numbers in [0, 1), such as `erdos_renyi_kernel` gives, or a
+        function of `params` that returns one. Then `sparsity` is that of all layers together, and
+        each has its final one times `sparsity` over their mean.
+      prunable: the leaves that have a threshold; `prunable_weights` by default.
+      magnitude: as for `global_threshold`.
+      axis_name: as for `global_threshold`.
 
-class Weights(NamedTuple):
-    """The prunable weights of the parameters."""
-
-    arrays: list[Array]
-    sizes: list[int]  # of each leaf, the weights of all devices
-    static: Static
-
-    @property
-    def dtype(self) -> DTypeLike:
-        """That of the thresholds."""
-        return self.static.dtype
-
-
-def collect(
-    params: PyTree, prunable: Mask | None, magnitude: Magnitude, axis_name: AxisName | None
-) -> Weights:
-    """The prunable leaves that hold weights.
+    Returns:
+      A pytree like `params` of scalars, 0 for what is not prunable.
 
     Raises:
-      ValueError: as `global_threshold`.
+      ValueError: as `global_threshold`; `sparsity` or `final` is no prefix of `params`, or no layer
+        has a final sparsity above 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from feather_jax import layer_thresholds
+      >>> params = {"a": {"kernel": jnp.array([[1.0, 2.0, 3.0]])},
+      ...           "b": {"kernel": jnp.array([[10.0, 20.0, 30.0]])}}
+      >>> layer_thresholds(params, {"a": 0.5, "b": 0.0})
+      {'a': {'kernel': Array(2., dtype=float32)}, 'b': {'kernel': Array(0., dtype=float32)}}
     """
-    arrays = [lax.stop_gradient(jnp.asarray(leaf)) for leaf in prunable_leaves(params, prunable)]
-    arrays = [array for array in arrays if array.size]
-    if not arrays:
-        raise no_prunable_weight(params)
-    axes = _varying_axes(arrays, axis_name)
-    sizes = [array.size * lax.axis_size(each) for array, each in zip(arrays, axes, strict=True)]
-    return Weights(arrays, sizes, Static(axes, magnitude, comparison_dtype(*arrays)))
+    weights = collect(params, prunable, magnitude, axis_name)
+    sparsities = weights.values_of(sparsity, "sparsity")
+    if final is not None:
+        finals = weights.values_of(final(params) if callable(final) else final, "final sparsity")
+        sparsities = _in_proportion(sparsities, finals, weights.sizes)
+    rank = ranks(sparsities, [check_count(size) for size in weights.sizes], weights.dtype)
+    return weights.as_tree(_quantiles(weights.arrays, rank, weights.static))
 
 
-def check_count(size: int) -> int:
-    """`size`, or a ValueError if that many weights cannot be counted."""
-    if size >= 2**32:
-        raise ValueError(
-            f"One threshold can be selected from at most 2**32 - 1 weights, and {size} are "
-            "prunable; exclude some with `prunable`."
-        )
-    return size
+def _in_proportion(
+    sparsities: list[ScalarLike], finals: list[ScalarLike], sizes: list[int]
+) -> list[ScalarLike]:
+    """The final sparsities, each times the sparsity over their mean over all weights."""
+    numbers = [check_sparsity(float(np.asarray(final))) for final in finals]
+    mean = sum(f * n for f, n in zip(numbers, sizes, strict=True)) / sum(sizes)
+    if not mean:
+        raise ValueError("No layer has a final sparsity above 0; give those that are pruned one.")
 
+    def scaled(sparsity: ScalarLike, final: float) -> ScalarLike:
+        if isinstance(sparsity, jax.Array):
+            return final * (sparsity / mean)
+        ratio = float(np.asarray(sparsity)) / mean
+        return final if math.isclose(ratio, 1, rel_tol=1e-9) else final * ratio
 
-def _varying_axes(arrays: list[Array], axis_name: AxisName | None) -> tuple[tuple[str, ...], ...]:
-    """Of each array, those of the named axes over which the devices have different parts of it."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    # A device's index varies, wherever JAX keeps track of what does.
-    tracked = bool(names) and bool(_varying(lax.axis_index(names)))
-    for array in arrays:
-        unnamed = sorted(_varying(array) - set(names))
-        if unnamed:
-            raise ValueError(
-                f"A prunable weight of shape {array.shape} varies over the manual axes {unnamed} "
-                f"of shard_map: each device has a part of its own, and would select a threshold "
-                f"of its own. Pass axis_name={unnamed} to select one from all of them."
-            )
-    if not tracked:
-        return (names,) * len(arrays)
-    return tuple(tuple(name for name in names if name in _varying(array)) for array in arrays)
-
-
-def _varying(array: Array) -> frozenset[str]:
-    return jax.typeof(array).manual_axis_type.varying
+    return [scaled(s, final) for s, final in zip(sparsities, numbers, strict=True)]
 
 
 @partial(jax.jit, static_argnames="static")
@@ -156,18 +161,7 @@ def _quantiles_here(static: Static, arrays: list[Array], rank: Rank) -> Float[Ar
     return interpolate(jax.tree.map(lambda x: x[rows], found), rank)
 
 
-def measured(arrays: list[Array], static: Static) -> list[Leaf]:
-    """The magnitudes of arrays. |w| is left to each pass over them, which then copies nothing."""
-    if static.magnitude is jnp.abs:
-        return [Leaf(w, (0,), 1, axes) for w, axes in zip(arrays, static.axes, strict=True)]
-    leaves = []
-    for w, axes in zip(arrays, static.axes, strict=True):
-        values = measure(static.magnitude, w)
-        leaves.append(Leaf(values, (0,), w.size // values.size, axes))
-    return leaves
-
-
-def interpolate(found, rank: Rank) -> Float[Array, " n"]:
+def interpolate(found: Statistics, rank: Rank) -> Float[Array, " n"]:
     """The thresholds between two order statistics, with as many weights below them as promised."""
     lo, hi = flush(found.lo), flush(found.hi)
     # abs keeps compilers from contracting the product and the sum into one rounding.
@@ -181,13 +175,3 @@ def interpolate(found, rank: Rank) -> Float[Array, " n"]:
 def flush(magnitude: Float[Array, " n"]) -> Float[Array, " n"]:
     """Zero for a denormal where the backend flushes them, as comparisons do but bits do not."""
     return jnp.where(magnitude > 0, magnitude, 0)
-
-
-def on_any_mesh(select: Callable[..., Array], arrays: list[Array], *args: PyTree) -> Array:
-    """`select(arrays, *args)`, also of arrays whose shardings are part of their types."""
-    for array in arrays:
-        mesh = jax.typeof(array).sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            return jax.sharding.auto_axes(select, out_sharding=everywhere)(arrays, *args)
-    return select(arrays, *args)

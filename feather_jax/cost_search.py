@@ -1,0 +1,243 @@
+"""The least score that saves enough, exact, by counting: the search behind a budget of cost.
+
+A weight's score is its magnitude over its row's scale. What lies up to a score costs a sum of
+integers of up to 64 bits, so decisions are exact; where to look next is told by floats. Rows that
+may not lose more than a bound are searched, in the same passes over the weights, for the last
+weight that they may lose, from when it is known that the bound binds.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int32, UInt, UInt32
+
+from feather_jax.search import (
+    Bracket,
+    draw,
+    everything,
+    from_sample,
+    interpolated,
+    narrowed,
+    next_candidates,
+    undecided,
+)
+from feather_jax.survey import Leaf, Survey, survey
+from feather_jax.wide import LIMBS, Wide, at_least, carry, difference, product, wide
+
+
+class Market(NamedTuple):
+    """What the weights of each row cost, and what is to be saved."""
+
+    costs: np.ndarray  # (rows, 2) limbs
+    scales: np.ndarray | None  # (rows, 1); a weight's score is its magnitude over its scale
+    caps: np.ndarray | None  # how many weights a row may lose
+    sizes: np.ndarray
+    required: Wide
+
+    @property
+    def available(self) -> np.ndarray:
+        """How many weights each row may lose."""
+        return self.sizes if self.caps is None else self.caps
+
+    @property
+    def total(self) -> int:
+        """The cost of all weights that may be lost."""
+        costs = self.costs[:, 0] + (self.costs[:, 1].astype(object) << 16)
+        return int((costs * self.available).sum())
+
+    def saved(self, counts: UInt32[Array, "rows k"]) -> Wide:
+        """The cost of `counts` weights of each row."""
+        costs = self.costs.reshape(-1, *[1] * (counts.ndim - 1), 2)
+        return carry(product(counts, jnp.asarray(costs), LIMBS).sum(axis=0, dtype=jnp.uint32))
+
+    def magnitudes(self, scores: UInt[Array, "rows k"]) -> UInt[Array, "rows k"]:
+        """The largest magnitudes that scores include, in bits."""
+        return scores if self.scales is None else _scaled(scores, self.scales)
+
+    def scores(self, magnitudes: UInt[Array, "rows k"], scales: np.ndarray | None = None) -> Array:
+        """The least scores that include magnitudes, in bits; what is none stays none."""
+        scales = self.scales if scales is None else scales
+        if scales is None:
+            return magnitudes
+        none = magnitudes.dtype.type(np.iinfo(magnitudes.dtype).max)
+        dtype = scales.dtype
+        near = lax.bitcast_convert_type(
+            lax.bitcast_convert_type(magnitudes, dtype) / scales, magnitudes.dtype
+        )
+        best = near + 2
+        for offset in (1, 0, -1, -2):
+            tried = jnp.where(near < -min(offset, 0), 0, near + np.array(offset).astype(near.dtype))
+            best = jnp.where(_scaled(tried, scales) >= magnitudes, tried, best)
+        return jnp.where(magnitudes == none, none, jnp.where(magnitudes == 0, 0, best))
+
+
+def _scaled(bits: UInt[Array, "*shape"], scales: np.ndarray) -> UInt[Array, "*shape"]:
+    return lax.bitcast_convert_type(
+        lax.bitcast_convert_type(bits, scales.dtype) * scales, bits.dtype
+    )
+
+
+class State(NamedTuple):
+    """The least score that saves enough has bits in [first, last]."""
+
+    first: UInt[Array, " 1"]
+    below: Wide  # what scores below first save, (1, limbs)
+    last: UInt[Array, " 1"]
+    upto: Wide  # what scores up to last save, (1, limbs)
+    largest: UInt[Array, " rows"]  # of all magnitudes
+    own: Bracket | None  # of each row, of the last weight that it may lose
+    full: Bool[Array, " rows"]  # the rows that lose all that they may, which are searched for it
+    scores: UInt[Array, " k"]  # the candidates of the round to come,
+    candidates: UInt[Array, "rows k"]  # and the magnitudes up to which they prune each row
+    counts: UInt32[Array, "rows k"]  # of the round before, of all rows
+    rounds: Int32[Array, ""]
+    closing: Bool[Array, ""]  # the next round is the last one, which counts what is pruned
+    done: Bool[Array, ""]
+
+
+def search_score(leaves: list[Leaf], market: Market, bits: np.dtype) -> State:
+    rows = len(market.sizes)
+
+    def round_(state: State) -> State:
+        # Without the barrier XLA moves the magnitudes out of the loop, into a copy of all weights.
+        values, candidates = lax.optimization_barrier(
+            ([leaf.values for leaf in leaves], state.candidates)
+        )
+        here = [leaf._replace(values=each) for leaf, each in zip(leaves, values, strict=True)]
+        found = survey(here, candidates)
+        counted = state._replace(counts=found.upto, done=jnp.array(True))
+        searched = _proposed(_narrowed(state, found, market), market, bits)
+        return jax.tree.map(functools.partial(jnp.where, state.closing), counted, searched)
+
+    start = everything(np.zeros(1, np.uint32), bits)
+    nothing, all_ = jnp.zeros((1, LIMBS), jnp.uint32), jnp.asarray(wide([market.total]))
+    full = jnp.zeros(rows, bool) if market.caps is None else jnp.asarray(market.caps == 0)
+    own = None if market.caps is None else everything(market.sizes, bits)
+    scores = _first_scores(leaves, market, bits)
+    state = State(
+        start.first,
+        nothing,
+        start.last,
+        all_,
+        jnp.zeros(rows, bits),
+        own,
+        full,
+        scores,
+        market.magnitudes(jnp.broadcast_to(scores, (rows, len(scores)))),
+        jnp.zeros((rows, len(scores)), jnp.uint32),
+        jnp.int32(0),
+        jnp.array(False),
+        jnp.array(False),
+    )
+    return lax.while_loop(lambda state: ~state.done, round_, state)
+
+
+def _first_scores(leaves: list[Leaf], market: Market, bits: np.dtype) -> UInt[Array, " k"]:
+    costs = market.costs[:, 0] + market.costs[:, 1] * 2.0**16
+    drawn, row = draw(leaves, costs * np.maximum(market.available, 1), bits)
+    scales = None if market.scales is None else market.scales[row, 0]
+    drawn = jnp.sort(market.scores(drawn, scales))[None]
+    position = difference(market.required, jnp.zeros(LIMBS, jnp.uint32)) / np.float32(
+        max(market.total, 1)
+    )
+    return from_sample(drawn, jnp.clip(position, 0, 1)[None])[0]
+
+
+def _narrowed(state: State, found: Survey, market: Market) -> State:
+    """The state after a round, without the candidates of the next."""
+    counts, above, own, full = found.upto, found.above, state.own, state.full
+    none = above.dtype.type(np.iinfo(above.dtype).max)
+    if market.caps is not None and own is not None:
+        caps = market.caps[:, None]
+        last_one = jnp.maximum(caps, 1) - 1
+        own = narrowed(own, found, found.upto <= last_one)
+        counts = jnp.where(full[:, None], caps, jnp.minimum(counts, caps))
+        above = jnp.where(counts >= caps, none, above)
+    saved = market.saved(counts)
+    enough = at_least(saved, market.required)
+    higher = jnp.min(market.scores(above), axis=0)
+    lower = jnp.max(market.scores(found.below), axis=0)
+    largest = jnp.max(market.scores(found.largest[:, None]))
+    if market.caps is not None:
+        full |= jnp.any((counts >= caps) & ~enough, axis=1)
+    short = jnp.sum(~enough)  # how many candidates are too low, the first ones
+    k = len(enough)
+    return state._replace(
+        first=jnp.maximum(state.first, jnp.max(jnp.where(enough, 0, higher))),
+        below=jnp.where(short > 0, saved[jnp.maximum(short, 1) - 1], state.below),
+        last=jnp.minimum(jnp.minimum(state.last, largest), jnp.min(jnp.where(enough, lower, none))),
+        upto=jnp.where(short < k, saved[jnp.minimum(short, k - 1)], state.upto),
+        largest=found.largest,
+        own=own,
+        full=full,
+        rounds=state.rounds + 1,
+    )
+
+
+def _proposed(state: State, market: Market, bits: np.dtype) -> State:
+    """The state with the candidates of the next round."""
+    half = np.float32(market.total / max(int(market.available.sum()), 1) / 2)  # of a mean cost
+    left = jnp.maximum(difference(market.required, state.below) - half, half)
+    count = jnp.maximum(difference(state.upto, state.below), 2 * half)
+    above = difference(jnp.asarray(wide([market.total])), state.below) + half
+    scores = interpolated(state.first, state.last, left, count, above, state.rounds)[0]
+    candidates = market.magnitudes(jnp.broadcast_to(scores, state.candidates.shape))
+    # Where a weight is NaN there is nothing to search for.
+    infinity = np.array(np.inf, f"f{bits.itemsize}").view(bits)
+    decided = (state.first >= state.last) | jnp.any(state.largest > infinity)
+    if market.caps is not None and state.own is not None:
+        rank = jnp.asarray(np.maximum(market.caps, 1) - 1)
+        own = next_candidates(state.own, rank, market.sizes, state.rounds)
+        candidates = jnp.where(state.full[:, None], own, candidates)
+        searched = state.full & (market.caps > 0) & undecided(state.own, rank)
+        decided &= ~jnp.any(searched)
+    closing = decided[0]
+    before = market.magnitudes(
+        jnp.broadcast_to(state.last - (state.last > 0), (len(market.sizes), 1))
+    )
+    at = market.magnitudes(jnp.broadcast_to(state.last, (len(market.sizes), 1)))
+    last_ones = jnp.concatenate([before, jnp.minimum(before + 1, at), at], axis=1)
+    return state._replace(
+        scores=scores, candidates=jnp.where(closing, last_ones, candidates), closing=closing
+    )
+
+
+def row_thresholds(state: State, market: Market, rows: np.ndarray) -> UInt[Array, " leaves"]:
+    """The thresholds in bits, from the counts of the last round.
+
+    All rows lose what scores below the last score, and row by row what scores just that, until
+    enough is saved: of a row all, or only the smaller of its magnitudes.
+    """
+    before, between, at = (state.counts[rows, i] for i in range(3))
+    lowest, middle, highest = (state.candidates[rows, i] for i in range(3))
+    costs = market.costs[rows]
+    market = market._replace(costs=costs)
+    if market.caps is not None:
+        caps, full = market.caps[rows], state.full[rows]
+        before = jnp.where(full, caps, jnp.minimum(before, caps))
+        # What would go above the bound stays.
+        middle = jnp.where(between > caps, lowest, middle)
+        between = jnp.where(full | (between > caps), before, between)
+        highest = jnp.where(at > caps, middle, highest)
+        at = jnp.where(full | (at > caps), between, at)
+    products = product(jnp.stack([between - before, at - before]), jnp.asarray(costs), LIMBS)
+    some, all_ = products
+    so_far = jnp.cumsum(all_, axis=0, dtype=jnp.uint32) + market.saved(before)
+    enough = at_least(carry(so_far), market.required)
+    some_enough = at_least(carry(so_far - all_ + some), market.required)
+    first = jnp.argmax(enough)
+    row = np.arange(len(rows))
+    last_one = jnp.where(some_enough, middle, highest)
+    chosen = jnp.where(row < first, highest, jnp.where(row == first, last_one, lowest))
+    chosen = jnp.where(jnp.any(enough), chosen, highest)
+    if market.caps is None:
+        return chosen
+    own = jax.tree.map(lambda x: x[rows], state.own)
+    # The largest magnitude with as many weights up to it as may go, or where ties lie, fewer.
+    largest = jnp.where(own.first < own.last, own.first, own.first - (own.first > 0))
+    largest = jnp.where(own.upto == caps, own.last, largest)
+    return jnp.where(caps == 0, 0, jnp.where(full, largest, chosen))
