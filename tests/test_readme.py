@@ -1,4 +1,4 @@
-"""What the documents show is run: every Python block of the README and of docs/your-loop.md."""
+"""What the documents show is run: every Python block of the README and of the pages."""
 
 import pathlib
 import re
@@ -50,6 +50,15 @@ def test_the_pieces_leave_the_sparsity_that_they_ask_for(capsys):
     assert [line.split() for line in printed if line.startswith("kernel")] == [
         ["kernel", "784x10", "7,840", "392", "95.00%"]
     ]
+
+
+def test_the_blocks_of_backbones_are_one_program():
+    names = {"__name__": "backbones"}
+    for block in blocks("docs/backbones.md"):
+        run(block, "docs/backbones.md", names)
+    weights = (names["params"], names["r"])
+    gradient = jax.grad(names["loss_fn"])(weights, jax.numpy.ones((8, 64)))
+    assert gradient[1]["kernel"] != 0
 
 
 def test_the_blocks_of_your_loop_are_one_program(capsys):

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding
@@ -117,6 +118,21 @@ def test_feather_grows_into_the_pattern_and_finalises_it_once():
     whole = sparsify(params, n_m_thresholds(params, n=2, m=4))
     jax.tree.map(np.testing.assert_array_equal, final, whole)
     jax.tree.map(np.testing.assert_array_equal, prune.finalize(final), final)
+
+
+def test_wrap_ends_in_the_pattern():
+    params = network()
+    prune = Feather(0.5, end_step=3, select=partial(n_m_thresholds, n=2, m=4))
+    tx = prune.wrap(optax.adam(0.1))
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for seed in range(1, 5):
+        updates, state = update(network(seed), state, params)
+        params = optax.apply_updates(params, updates)
+    for layer in params.values():
+        kept = np.moveaxis(np.asarray(layer["kernel"]) != 0, -2, -1).reshape(-1, 4).sum(1)
+        np.testing.assert_array_equal(kept, 2)
+    assert state.threshold["Dense_0"]["kernel"].shape == (16, 5)
 
 
 def test_a_nan_is_seen():
