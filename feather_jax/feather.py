@@ -196,6 +196,10 @@ class Feather:
     def _select(
         self, params: PyTree, sparsity: ScalarLike, axis_name: AxisName | None
     ) -> PyTree[Float[Array, "..."]]:
-        magnitude = {} if self.magnitude is jnp.abs else {"magnitude": self.magnitude}
-        along = {} if axis_name is None else {"axis_name": axis_name}
-        return self.select(params, sparsity, prunable=self.prunable, **magnitude, **along)
+        return self.select(
+            params,
+            sparsity,
+            prunable=self.prunable,
+            magnitude=self.magnitude,
+            axis_name=axis_name,
+        )

@@ -129,29 +129,23 @@ def _copy(leaf: Any, dtype: DTypeLike | None) -> Any:
     return leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
 
-def _is_absent(update: Any) -> bool:
-    return update is None or isinstance(update, optax.MaskedNode)
-
-
 def _map_present(function: Callable[..., Any], updates: PyTree, *rest: PyTree) -> PyTree:
-    """`function` of every update and what stands beside it, where there is an update."""
+    """`function` of every update and what stands beside it; of none, None, where there is none."""
     return jax.tree.map(
-        lambda update, *others: update if _is_absent(update) else function(update, *others),
+        lambda update, *others: None if update is None else function(update, *others),
         updates,
         *rest,
-        is_leaf=_is_absent,
+        is_leaf=lambda update: update is None,
     )
 
 
 def _moved(weights: PyTree, updates: PyTree) -> PyTree:
     """`optax.apply_updates`, which takes no update that is None."""
     return jax.tree.map(
-        lambda update, weight: (
-            weight if _is_absent(update) else _cast_like(weight + update, weight)
-        ),
+        lambda update, weight: weight if update is None else _cast_like(weight + update, weight),
         updates,
         weights,
-        is_leaf=_is_absent,
+        is_leaf=lambda update: update is None,
     )
 
 

@@ -86,8 +86,8 @@ def test_a_selection_is_chosen_and_sees_a_number_at_the_end():
     """One threshold a layer, by a user's own function, exact from `end_step` on."""
     seen = []
 
-    def by_layer(params, sparsity, *, prunable=None):
-        assert prunable is mask
+    def by_layer(params, sparsity, *, prunable, magnitude, axis_name):
+        assert (prunable, magnitude, axis_name) == (mask, jnp.abs, None)
         seen.append(sparsity)
         return {
             name: {"kernel": jnp.quantile(jnp.abs(layer["kernel"]), sparsity), "bias": 0.0}

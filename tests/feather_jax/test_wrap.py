@@ -15,9 +15,10 @@ from feather_jax.wrap import WrapState
 SPARSITY, STEPS, END_STEP = 0.75, 12, 8
 
 
-def by_sorting(params, sparsity, *, prunable=None):
+def by_sorting(params, sparsity, *, prunable, magnitude, axis_name):
     """A selection that is quick to compile, and an independent one."""
-    leaves = [jnp.abs(leaf).ravel() for leaf in prunable_leaves(params, prunable)]
+    assert axis_name is None
+    leaves = [magnitude(leaf).ravel() for leaf in prunable_leaves(params, prunable)]
     magnitudes = jnp.sort(jnp.concatenate(leaves))
     rank = sparsity * (magnitudes.size - 1)
     below = jnp.int32(rank)
@@ -413,6 +414,15 @@ def test_a_difference_never_makes_a_zero_nor_loses_one(dtype):
         before, after, exact = (np.abs(np.asarray(x, float)) for x in (before, after, final))
         unit = float(jnp.finfo(dtype).eps) * np.maximum(before, exact)
         assert np.all(np.abs(after - exact) <= 2 * unit)
+
+
+def test_finalising_what_is_sparse_changes_nothing():
+    """The threshold is 0 where the weights at its rank are: nothing is left to prune."""
+    prune = Feather(SPARSITY, end_step=END_STEP)
+    params, state, _ = train(prune.wrap(SGD))
+    for sparse in (params, prune.finalize(state.dense)):
+        assert prune.threshold(sparse, END_STEP) == 0
+        assert_close(prune.finalize(sparse), sparse, rtol=0, atol=0)
 
 
 def test_parameters_from_outside_are_overwritten():

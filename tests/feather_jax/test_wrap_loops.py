@@ -285,7 +285,7 @@ def test_vmap_over_an_ensemble(expected):
     np.testing.assert_array_equal(jnp.sum(params["kernel"] == 0, axis=(1, 2)), [144, 144])
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("x", None), P(None, "y"), P("x", "y")])
 def test_sharded_weights(expected, axis_type, spec):
     """The dense weights, and what the inner optimiser keeps of them, lie as the parameters do."""
@@ -326,3 +326,40 @@ def test_tree_map_params_finds_the_dense_weights():
     assert optax.tree.get(state, "dense") == names
     assert optax.tree.get(state, "mu") == names
     assert (optax.tree.get(state, "step"), optax.tree.get(state, "threshold")) == ("other",) * 2
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_over_weights(check_vma):
+    """Weights that vary over a manual axis have one threshold, if the axis is named."""
+    target = RNG.normal(size=(8, 24)).astype(np.float32) * np.linspace(0.1, 3, 8)[:, None]
+    prune = Feather(0.75, end_step=4)
+
+    def train(kernel, target, axis_name=None):
+        tx = prune.wrap(optax.sgd(0.3, momentum=0.9), axis_name=axis_name)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update({"kernel": params["kernel"] - target}, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = {"kernel": kernel}
+        (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=STEPS)
+        return params["kernel"], state.threshold
+
+    expected, threshold = jax.jit(train)(PLAIN["kernel"], target)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(
+        lambda *args: train(*args, axis_name="x"),
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=(P("x"), P()),
+        check_vma=check_vma,
+    )
+    kernel, sharded_threshold = jax.jit(sharded)(PLAIN["kernel"], target)
+    assert sharded_threshold == threshold
+    np.testing.assert_array_equal(kernel, expected)
+    assert jnp.sum(kernel == 0) == 144
+    if check_vma:
+        unnamed = jax.shard_map(train, mesh=mesh, in_specs=P("x"), out_specs=(P("x"), P()))
+        with pytest.raises(ValueError, match="axis_name"):
+            jax.jit(unnamed)(PLAIN["kernel"], target)
