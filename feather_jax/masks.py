@@ -145,7 +145,7 @@ def _matches(expressions: tuple[str, ...], name: str) -> bool:
 
 def _check_matches(what: str, expressions: tuple[str, ...], names: Collection[str]) -> None:
     for expression in expressions:
-        if not any(re.fullmatch(expression, name) for name in names):
+        if not any(_matches((expression,), name) for name in names):
             raise ValueError(
                 f"{what} holds {expression!r}, which matches no parameter's whole path; "
                 f"{'the prunable ones' if what == 'exclude' else 'these'} are {_listed(names)}."

@@ -9,7 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from feather_jax import Feather, global_threshold, sparsify, threshold_operator
+from feather_jax import (
+    Feather,
+    block_magnitude,
+    global_threshold,
+    sparsify,
+    threshold_operator,
+)
 
 
 def weights(size, seed=0, scale=1.0):
@@ -271,6 +277,25 @@ def test_ties_are_pruned_together():
     params = {"kernel": np.float32([[1, -1, 1, 2, -2, 2, 3, 3, 3, 3]])}
     final = Feather(0.5, end_step=10, p=jnp.inf).finalize(params)["kernel"]
     np.testing.assert_array_equal(final, [[0, 0, 0, 0, 0, 0, 3, 3, 3, 3]])
+
+
+def test_another_magnitude_prunes_whole_blocks():
+    """In every part: the selection, the operator, the scaled gradients, and the one line."""
+    params = {"kernel": np.random.default_rng(4).normal(size=(16, 6)).astype(np.float32)}
+    prune = Feather(0.5, end_step=0, theta=0.5, magnitude=block_magnitude((4, 1)))
+    squares = np.mean(np.square(params["kernel"].astype(float)).reshape(4, 4, 6), axis=1)
+    pruned = np.repeat(squares <= np.sort(squares.ravel())[11], 4, axis=0)  # 12 of 24 blocks
+    final = prune.finalize(params)["kernel"]
+    np.testing.assert_array_equal(final == 0, pruned)
+    tx = prune.scale_gradients()
+    ones = {"kernel": np.ones((16, 6), np.float32)}
+    threshold = prune.threshold(params, 0)
+    scaled, _ = tx.update(ones, tx.init(params), params, threshold=threshold)
+    np.testing.assert_array_equal(scaled["kernel"], np.where(pruned, 0.5, 1))
+    tx = prune.wrap(optax.set_to_zero())
+    updates, _ = tx.update(ones, tx.init(params), params)
+    wrapped = optax.apply_updates(params, updates)["kernel"]
+    np.testing.assert_array_equal(wrapped == 0, pruned)
 
 
 def test_no_prunable_weight_is_an_error():

@@ -275,6 +275,8 @@ def test_path_mask():
     assert by_name(params, ".*", ".*/bias") == kernels
     assert by_name(params, [".*"], [".*/bias", "Conv.*"]) == {"Dense_0/kernel"}
     # The whole path, and not a part of it.
+    layer = {"kernel": np.ones((2, 2)), "kernel_scale": np.ones((2, 2)), "a_kernel": np.ones(2)}
+    assert by_name(layer, ["kernel"]) == {"kernel"}
     for include in ("kernel", "Dense_0", "ense_0/kernel", "Dense_0/kerne"):
         with pytest.raises(ValueError, match=f"include holds '{include}', which matches no"):
             path_mask([include])(params)
