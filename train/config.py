@@ -104,6 +104,11 @@ class Config(Checked):
       head_learning_rate: the head's learning rate, as a multiple of `learning_rate`.
       freeze: regular expressions over parameter paths; a parameter that one of them matches in full
         stays as it is: it is neither trained nor pruned.
+      freeze_statistics: whether batch normalisation is trained with the running statistics that it
+        starts from, which then stay.
+      average_decay: of an exponential average of the dense weights and the running statistics,
+        which is evaluated and finalised in their place; 0 for none. After k updates it is at most
+        (1 + k) / (10 + k), so that a short run forgets its start too.
       log_every_steps: how often a line of metrics is written.
       eval_every_epochs: how often the model is evaluated; it is at the end in any case.
       checkpoint_every_steps: how often the state is saved; it is at the end in any case.
@@ -143,6 +148,8 @@ class Config(Checked):
     head: str = "head/.*"
     head_learning_rate: Positive = 1.0
     freeze: Patterns = ()
+    freeze_statistics: bool = False
+    average_decay: Fraction = 0.0
     log_every_steps: Count = 10
     eval_every_epochs: Positive = 1.0
     checkpoint_every_steps: Count = 1000

@@ -33,12 +33,19 @@ class TrainState:
       params: the dense weights.
       batch_stats: the running statistics of batch normalisation; {} without any.
       opt_state: the optimiser's state.
+      average: the exponential averages of `params` and `batch_stats`; {} without any.
     """
 
     step: Int32[Array, ""]
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    average: dict[str, PyTree] = flax.struct.field(default_factory=dict)
+
+    @property
+    def result(self) -> dict[str, PyTree]:
+        """The dense variables that are evaluated and finalised: the averages, if there are any."""
+        return self.average or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +189,12 @@ def abstract_state(experiment: Experiment) -> TrainState:
 def _initialise(experiment: Experiment) -> TrainState:
     image_shape, seed = experiment.data.image_shape, experiment.config.seed
     variables: Mapping[str, PyTree] = initial_variables(experiment.model, image_shape, seed)
-    params = variables["params"]
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if isinstance(experiment.prune, Asl):
-        params = experiment.prune.with_r(params)
+        variables["params"] = experiment.prune.with_r(variables["params"])
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=experiment.tx.init(params),
+        **variables,
+        opt_state=experiment.tx.init(variables["params"]),
+        average=variables if experiment.config.average_decay else {},
     )

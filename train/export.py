@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from feather_jax import cpu
 from train import program
 from train.errors import UserError, writing
+from train.models.imported import as_sentence
 from train.store import model_file
 from train.store.model_file import SavedModel
 
@@ -36,11 +37,15 @@ def export(model: SavedModel) -> jax.export.Exported:
     Returns:
       A function of images, uint8 [batch, height, width, channels], that gives float32 logits
       [batch, classes]. Weights are constants in it, zeros included.
+
+    Raises:
+      UserError: it is somebody's own network, and wants to know how large the batch is.
     """
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), jnp.uint8)
     logits = jax.jit(lambda images: model.logits(model.variables, images))
-    return jax.export.export(logits, platforms=PLATFORMS)(images)
+    with as_sentence(f"{model.metadata.model['name']} cannot be exported for a batch of any size"):
+        return jax.export.export(logits, platforms=PLATFORMS)(images)
 
 
 def write_stablehlo(model: SavedModel, folder: pathlib.Path) -> tuple[str, dict[str, Any]]:

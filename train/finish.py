@@ -28,8 +28,8 @@ def finish(session: Session, state: TrainState) -> Record:
       StorageError: something cannot be written.
     """
     experiment, workdir = session.experiment, session.workdir
-    params = jax.jit(experiment.prune.finalize)(state.params)
-    variables = {"params": params, "batch_stats": state.batch_stats}
+    params = jax.jit(experiment.prune.finalize)(state.result["params"])
+    variables = state.result | {"params": params}
     predictions = session.evaluate(variables)
     evaluation = predictions.figures
     counts = feather.summarize(jax.device_get(params), prunable=experiment.prunable)
@@ -50,7 +50,8 @@ def finish(session: Session, state: TrainState) -> Record:
         with writing(workdir):
             shown = thumbnails(experiment.data, predictions)
             predictions_file.save(workdir / "predictions.npz", predictions, shown)
-        report.write(run, jax.device_get(network_params(state.params)))
+        dense = jax.device_get(network_params(state.result["params"]))
+        report.write(run, dense, allow_import=True)
         with writing(workdir):
             curves.save(workdir / "curves.png", run.records, run.title)
             write_json(workdir / "summary.json", summary)

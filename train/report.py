@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jaxtyping import PyTree
 
-from train import program
+from train import asl, program
 from train.errors import UserError
 from train.look import report
 from train.store import checkpoint, model_file
@@ -23,12 +23,14 @@ def main(argv: Sequence[str]) -> None:
     parser = program.ArgumentParser("train.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("workdir", type=pathlib.Path, help="of a finished run")
     parser.add_argument("--dense", type=pathlib.Path, help="the workdir of its dense twin")
+    parser.add_allow_import()
     arguments = parser.parse_args(argv)
     run = read_run(arguments.workdir)
     twin = None if arguments.dense is None else read_run(arguments.dense)
     if twin is not None:
         _check_twin(run, twin)
-    report.write(run, trained_params(run), twin)
+    allowed = arguments.allow_import
+    report.write(run, trained_params(run, allow_import=allowed), twin, allow_import=allowed)
     print(run.workdir / "report.html")
 
 
@@ -43,8 +45,8 @@ def _check_twin(run: Run, twin: Run) -> None:
         )
 
 
-def trained_params(run: Run) -> PyTree:
-    """The dense weights that a run ended with, from its newest checkpoint.
+def trained_params(run: Run, *, allow_import: bool = False) -> PyTree:
+    """The dense weights that a run's model was made of, from its newest checkpoint.
 
     Raises:
       UserError: the newest checkpoint is not there, not whole, or not this run's.
@@ -61,12 +63,16 @@ def trained_params(run: Run) -> PyTree:
             f"The checkpoint of step {step} in {folder} is damaged ({reason}), and older ones do "
             "not hold the weights that model.npz was made of; start the run again to mend it."
         )
+    kind = "average/params/" if run.config.average_decay else "params/"
     params = {
-        name: leaf for name, leaf in found.leaves.items() if name.startswith("variables/params/")
+        f"params/{name.removeprefix(f'variables/{kind}')}": leaf
+        for name, leaf in found.leaves.items()
+        if name.startswith(f"variables/{kind}") and not name.startswith(f"variables/{kind}{asl.R}/")
     }
-    like = {"variables": {"params": model_file.load(run.workdir / "model.npz").variables["params"]}}
+    model = model_file.load(run.workdir / "model.npz", allow_import=allow_import)
+    like = {"params": model.variables["params"]}
     where = f"The newest checkpoint in {folder} is not that of model.npz: it"
-    return matched(params, like, where, "bring back the run's own")["variables"]["params"]
+    return matched(params, like, where, "bring back the run's own")["params"]
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import optax
 from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 
 from train.backbones import mean_threshold
+from train.data import augment
 from train.data.mix import mix
 from train.experiment import Experiment, TrainState
+from train.models.calling import call_arguments, takes
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -21,19 +23,26 @@ Metrics = dict[str, Array]
 def make_train_step(experiment: Experiment) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the bare training step, `train_step(state, batch, *, axis_name=None)`."""
     config, data, prune = experiment.config, experiment.data, experiment.prune
+    model = experiment.model
 
     def loss_fn(
         axis_name: str | None, weights: PyTree, batch_stats: PyTree, batch: Batch
     ) -> tuple[Array, tuple[PyTree, Metrics]]:
         variables = {"params": weights, "batch_stats": batch_stats}
-        logits, changed = experiment.model.apply(
-            variables, batch["image"], train=True, axis_name=axis_name, mutable=["batch_stats"]
+        arguments = call_arguments(
+            model, train=not config.freeze_statistics, axis_name=axis_name, keys=batch["keys"]
+        )
+        logits, changed = model.apply(
+            variables, batch["image"], **arguments, mutable=["batch_stats"]
         )
         loss = optax.softmax_cross_entropy(logits, batch["target"]).mean()
         right = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
         accuracy = jnp.mean(right, dtype=loss.dtype)
         metrics = {"train/loss": loss, "train/accuracy": accuracy}
-        return loss, (changed.get("batch_stats", {}), metrics)
+        batch_stats = changed.get("batch_stats", {})
+        if axis_name is not None and not takes(model, "axis_name"):
+            batch_stats = jax.lax.pmean(batch_stats, axis_name)  # else each device's own
+        return loss, (batch_stats, metrics)
 
     def train_step(
         state: TrainState, batch: Batch, *, axis_name: str | None = None
@@ -43,7 +52,8 @@ def make_train_step(experiment: Experiment) -> Callable[..., tuple[TrainState, M
         images = data.train_preprocess(batch["image"], keys)
         targets = smoothed(batch["label"], data.num_classes, config.label_smoothing)
         images, targets = mix(images, targets, keys, mixup=config.mixup, cutmix=config.cutmix)
-        batch = {"image": images, "target": targets}
+        keys = augment.stream(keys, augment.NETWORK)
+        batch = {"image": images, "target": targets, "keys": keys}
 
         threshold = prune.threshold(state.params, state.step)
         weights = prune.sparsify(state.params, threshold)
@@ -60,13 +70,33 @@ def make_train_step(experiment: Experiment) -> Callable[..., tuple[TrainState, M
         )
         params = optax.apply_updates(state.params, updates)
 
+        average = state.average
+        if config.average_decay:
+            now = {"params": params, "batch_stats": batch_stats}
+            average = averaged(average, now, state.step, config.average_decay)
+
         metrics["learning_rate"] = jnp.asarray(experiment.learning_rate(state.step))
         if config.sparsity:
             metrics["threshold"] = mean_threshold(weights, threshold, prune.prunable)
             metrics["sparsity"] = prune.sparsity_at(state.step)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, average), metrics
 
     return train_step
+
+
+def averaged(average: PyTree, now: PyTree, step: Int32[Array, ""], decay: float) -> PyTree:
+    """The exponential average after update number `step`, counted from 0.
+
+    Args:
+      average: before the update.
+      now: what is averaged, after the update.
+      step: the smaller it is, the faster the average forgets where it began.
+      decay: of the average, at most.
+
+    References:
+      TensorFlow's `tf.train.ExponentialMovingAverage`, for decay = min(decay, (1 + k) / (10 + k)).
+    """
+    return optax.incremental_update(now, average, 1 - jnp.minimum(decay, (1 + step) / (10 + step)))
 
 
 def example_keys(seed: int, step: Int32[Array, ""], index: Int32[Array, " b"]) -> Key[Array, " b"]:
@@ -133,7 +163,8 @@ def make_eval_step(
     def eval_step(
         variables: PyTree, batch: Batch, *, axis_name: str | None = None
     ) -> dict[str, Array]:
-        logits = jnp.asarray(model.apply(variables, preprocess(batch["image"]), train=False))
+        images, arguments = preprocess(batch["image"]), call_arguments(model, train=False)
+        logits = jnp.asarray(model.apply(variables, images, **arguments))
         labels = batch["label"]
         outcomes = {
             "mask": batch["mask"],

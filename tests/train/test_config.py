@@ -43,6 +43,8 @@ TYPED = {
     "init_from": ("runs/before", "runs/before"),
     "head": ("last/.*", "last/.*"),
     "head_learning_rate": ("10", 10.0),
+    "freeze_statistics": ("True", True),
+    "average_decay": ("0.99", 0.99),
     "freeze": ("('stem/.*',)", ("stem/.*",)),
     "log_every_steps": ("1", 1),
     "eval_every_epochs": ("2", 2.0),

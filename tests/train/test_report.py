@@ -266,7 +266,7 @@ def test_another_models_checkpoint_is_one_sentence(finished_run, tmp_path, capsy
     feather.save(run / "model.npz", variables, metadata)
     saved = model_file.SavedModel(run / "model.npz", None, variables, metadata)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_file, "load", lambda path: saved)
+        patch.setattr(model_file, "load", lambda path, allow_import: saved)
         with pytest.raises(
             UserError, match=r"stem/kernel as .*, and the model as float32\[3, 3, 1, 5"
         ):

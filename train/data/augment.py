@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from train.data.photographs import CROP_RATIO, CROP_TRIES
 
 CROP, FLIP, RESIZED_CROP, JITTER, MIX = range(5)
+NETWORK = 8  # a network's dropout and stochastic depth
 
 
 @dataclasses.dataclass(frozen=True)

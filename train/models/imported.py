@@ -43,7 +43,7 @@ def build(name: str, options: Mapping[str, Any], **ours: Any) -> nn.Module:
                 f"{name} has no option {option!r}; its options are: {', '.join(these) or 'none'}."
             )
     given = {each: value for each, value in ours.items() if known is None or each in known}
-    with _saying(f"{name} cannot be built"):
+    with as_sentence(f"{name} cannot be built"):
         built = network(**given | {option: _hashable(value) for option, value in options.items()})
     if not isinstance(built, nn.Module):
         raise UserError(
@@ -72,7 +72,7 @@ def check(name: str, model: nn.Module, image_shape: tuple[int, ...], num_classes
         arguments = call_arguments(model, train=True, axis_name=AXIS, keys=keys)
         return variables, model.apply(variables, images, **arguments, mutable=["batch_stats"])[0]
 
-    with _saying(f"{name} cannot be called with images {list(image_shape)}"):
+    with as_sentence(f"{name} cannot be called with images {list(image_shape)}"):
         # On one device, with the axis there for a network that names it itself.
         on_devices = jax.vmap(called, axis_name=AXIS)
         variables, logits = jax.eval_shape(on_devices, jnp.zeros((1, 2, *image_shape)))
@@ -107,7 +107,7 @@ def note_on_statistics(name: str, model: nn.Module, batch_stats: Any, devices: i
 
 def _imported(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
-    with _saying(f"config.model.name is {name!r}, and {module_name} cannot be imported"):
+    with as_sentence(f"config.model.name is {name!r}, and {module_name} cannot be imported"):
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -138,8 +138,12 @@ def _hashable(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _saying(what: str) -> Iterator[None]:
-    """Turns whatever code that is not ours raises into a sentence, with the last place in it."""
+def as_sentence(what: str) -> Iterator[None]:
+    """Turns whatever code that is not ours raises into a `UserError`, with the last place in it.
+
+    Args:
+      what: the beginning of the sentence: what could not be done.
+    """
     try:
         yield
     except UserError:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 import feather_jax as feather
+from train.asl import R, network_params
 from train.errors import UserError
 from train.experiment import TrainState
 from train.models.pretrained import LAYOUTS, translate
@@ -30,6 +32,8 @@ def with_variables_of(
 ) -> TrainState:
     """`state` with the weights and running statistics of `source`; step and optimiser stay.
 
+    Of a run that averages its weights, it is the averages that are taken.
+
     The head begins anew where it does not fit, as with another number of classes. A vision
     transformer's positions are resized to those of its image size.
 
@@ -46,7 +50,7 @@ def with_variables_of(
       UserError: there is nothing to start from, or a leaf that is not the head's is missing,
         unknown or of another shape.
     """
-    wanted = {"params": state.params, "batch_stats": state.batch_stats}
+    wanted = {"params": network_params(state.params), "batch_stats": state.batch_stats}
     names, found = feather.named_leaves(wanted), _read(source, model, say)
     if isinstance(model, ViT):
         _resize_positions(found, names, source, say)
@@ -68,7 +72,10 @@ def with_variables_of(
             for name, leaf in left.items()
         )
         say(f"The head begins anew, since it does not fit: {', '.join(lines)}.")
-    return dataclasses.replace(state, **variables)
+    variables["params"] = {**state.params, **variables["params"]}  # ASL's thresholds stay
+    # A copy, for both are donated to the first update.
+    average = jax.tree.map(np.array, variables) if state.average else {}
+    return dataclasses.replace(state, **variables, average=average)
 
 
 def _resize_positions(
@@ -119,7 +126,14 @@ def _read(source: pathlib.Path, model: nn.Module, say: Callable[[str], None]) ->
         )
     for step, reason in found.passed_over.items():
         say(f"Passed over the checkpoint of step {step} in {folder}: {reason}.")
-    return {name.removeprefix("variables/"): leaf for name, leaf in found.leaves.items()}
+    variables = {name.removeprefix("variables/"): leaf for name, leaf in found.leaves.items()}
+    averages = {
+        name.removeprefix("average/"): leaf
+        for name, leaf in variables.items()
+        if name.startswith("average/")
+    }
+    chosen = averages or variables
+    return {name: leaf for name, leaf in chosen.items() if not name.startswith(f"params/{R}/")}
 
 
 def _read_file(source: pathlib.Path, model: nn.Module) -> dict[str, Any]:

@@ -60,9 +60,8 @@ def train(session: Session) -> TrainState:
 
 def current_variables(prune: Pruning, state: TrainState) -> PyTree:
     """The variables as the model is evaluated after an update: sparsified at its sparsity."""
-    last_update = jnp.maximum(state.step - 1, 0)
-    params = prune.sparsify(state.params, prune.threshold(state.params, last_update))
-    return {"params": params, "batch_stats": state.batch_stats}
+    last_update, dense = jnp.maximum(state.step - 1, 0), state.result["params"]
+    return state.result | {"params": prune.sparsify(dense, prune.threshold(dense, last_update))}
 
 
 def evaluated(session: Session, variables: PyTree, kept: Kept) -> tuple[Record, Kept]:

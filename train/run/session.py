@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import flax.struct
+import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -16,6 +17,7 @@ from train import parallel
 from train.asl import network_params
 from train.config import Config
 from train.experiment import Experiment, TrainState, abstract_state, initial_state
+from train.models.imported import note_on_statistics
 from train.run.churn import Kept, all_kept, pruned_leaves
 from train.run.evaluation import evaluate
 from train.run.init_from import with_variables_of
@@ -51,7 +53,11 @@ class Progress:
         """As `train.store.checkpoint` saves it."""
         state = self.state
         return {
-            "variables": {"params": state.params, "batch_stats": state.batch_stats},
+            "variables": {
+                "params": state.params,
+                "batch_stats": state.batch_stats,
+                "average": state.average,
+            },
             "optimizer": {"opt_state": state.opt_state, "step": state.step, "kept": self.kept},
         }
 
@@ -112,6 +118,9 @@ def open_session(
     for note in experiment.data.notes:
         say(note)
     like = beginning(experiment, abstract_state(experiment)).items()
+    stats, name = like["variables"]["batch_stats"], config.model["name"]
+    if alone := note_on_statistics(name, experiment.model, stats, jax.device_count()):
+        say(alone)
     check_room(workdir, like)
 
     start, found = left_or_new(experiment, workdir, like, say)
@@ -159,7 +168,8 @@ def left_or_new(
     check_unfinished(workdir)
     start = beginning(experiment, initial_state(experiment))
     if source := experiment.config.init_from:
-        state = with_variables_of(start.state, pathlib.Path(source), experiment.model, say)
+        path, head = pathlib.Path(source), experiment.config.head
+        state = with_variables_of(start.state, path, experiment.model, say, head=head)
         start = Progress(state, start.kept)
     return start, None
 

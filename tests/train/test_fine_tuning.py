@@ -1,0 +1,164 @@
+"""Whole runs that start from other weights, and of anyone's own network."""
+
+import dataclasses
+import textwrap
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import feather_jax as feather
+from train import config as config_lib
+from train import evaluate, export, main, program, report
+from train.errors import UserError
+from train.experiment import build
+from train.store import checkpoint, model_file
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "data": {"name": "digits"},
+    "model": {"name": "resnet8", "widths": [4, 8]},
+    "batch_size": 64,
+    "epochs": 0.25,
+    "learning_rate": 0.05,
+    "sparsity": 0.5,
+}
+
+
+def run(workdir, **changes):
+    """The lines that a run says."""
+    said = []
+    main.run(config_lib.parse(SMALL | changes), workdir, said.append)
+    return said
+
+
+def newest(workdir):
+    return checkpoint.newest(workdir / "checkpoints").leaves
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("first") / "run"
+    run(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def tuned(first, tmp_path_factory):
+    """What a run said that does all that fine-tuning can, and its workdir."""
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
+    changes = {
+        "init_from": str(first),
+        "freeze": ["stem/.*", "stage1.*kernel"],
+        "freeze_statistics": True,
+        "average_decay": 0.5,
+        "head_learning_rate": 10.0,
+    }
+    return run(workdir, **changes), workdir, changes
+
+
+def test_frozen_weights_and_statistics_stay_to_the_last_bit(first, tuned):
+    said, workdir, _ = tuned
+    before, after = newest(first), feather.load(workdir / "model.npz")
+    total = sum(name.startswith("variables/") for name in before)
+    assert f"Took {total} of the network's {total} arrays from {first}." in said
+    params = after["params"]
+    np.testing.assert_array_equal(params["stem"]["kernel"], before["variables/params/stem/kernel"])
+    np.testing.assert_array_equal(
+        params["stage1_block1"]["conv1"]["kernel"],
+        before["variables/params/stage1_block1/conv1/kernel"],
+    )
+    np.testing.assert_array_equal(
+        after["batch_stats"]["stem_norm"]["mean"], before["variables/batch_stats/stem_norm/mean"]
+    )
+    assert np.any(params["head"]["bias"] != before["variables/params/head/bias"])
+    # Half of what is prunable is zero, and what is frozen is not among it.
+    assert np.all(params["stem"]["kernel"] != 0)
+    kernels = [params["stage2_block1"][name]["kernel"] for name in ("conv1", "conv2", "projection")]
+    weights = np.concatenate([kernel.ravel() for kernel in [*kernels, params["head"]["kernel"]]])
+    assert np.count_nonzero(weights == 0) == int(0.5 * (weights.size - 1)) + 1
+
+
+def test_the_finalised_model_is_that_of_the_average(tuned):
+    _, workdir, changes = tuned
+    leaves = newest(workdir)
+    kernel = "params/stage2_block1/conv2/kernel"
+    assert np.any(leaves[f"variables/average/{kernel}"] != leaves[f"variables/{kernel}"])
+    experiment = build(config_lib.parse(SMALL | changes))
+    model = model_file.load(workdir / "model.npz")
+    average = jax.tree_util.tree_map_with_path(
+        lambda path, _: leaves[
+            "variables/average/params/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        ],
+        model.variables["params"],
+    )
+    expected = experiment.prune.finalize(average)
+    jax.tree.map(np.testing.assert_array_equal, model.variables["params"], expected)
+
+
+def test_a_second_start_goes_on_and_ends_the_same(tuned):
+    _, workdir, changes = tuned
+    before = feather.load(workdir / "model.npz")
+    said = run(workdir, **changes)
+    assert said[0].startswith("Going on after step 6 of 6")
+    jax.tree.map(np.testing.assert_array_equal, feather.load(workdir / "model.npz"), before)
+
+
+def test_a_run_starts_from_anothers_averages(tuned, tmp_path):
+    _, workdir, _ = tuned
+    run(tmp_path / "run", init_from=str(workdir), freeze=["stem.*"])
+    started, averages = newest(tmp_path / "run"), newest(workdir)
+    np.testing.assert_array_equal(
+        started["variables/params/stem_norm/bias"],
+        averages["variables/average/params/stem_norm/bias"],
+    )
+    assert program.run(lambda: report.main([str(workdir)])) == 0
+
+
+NETWORK = """
+    import flax.linen as nn
+
+    class Network(nn.Module):
+        num_classes: int
+        width: int = 3
+
+        @nn.compact
+        def __call__(self, images, train):
+            x = nn.Dense(self.width)(images.reshape(images.shape[0], -1))
+            x = nn.Dropout(0.1, deterministic=not train)(nn.BatchNorm(not train)(nn.relu(x)))
+            return nn.Dense(self.num_classes, name="last")(x)
+"""
+
+
+def test_a_run_of_ones_own_network(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_network.py").write_text(textwrap.dedent(NETWORK))
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = {"name": "my_network:Network", "width": 8}
+    said = run(tmp_path / "run", model=spec, head="last/.*", head_learning_rate=2.0)
+    devices = jax.device_count()
+    assert (devices > 1) == any("takes no axis_name" in line for line in said)
+
+    path = tmp_path / "run" / "model.npz"
+    assert feather.load_metadata(path)["model"] == spec
+    for command in (
+        lambda *more: evaluate.main(["--model", str(path), *more]),
+        lambda *more: export.main(["--model", str(path), "--out", str(tmp_path / "out"), *more]),
+        lambda *more: report.main([str(tmp_path / "run"), *more]),
+    ):
+        assert program.run(command) == 2
+        assert "'my_network:Network' is code that would be imported" in capsys.readouterr().err
+        assert program.run(lambda command=command: command("--allow-import")) == 0
+
+    class CountsExamples(nn.Module):
+        def __call__(self, images):
+            return images.reshape(len(images), -1)[:, :10]
+
+    model = model_file.load(path, allow_import=True)
+    with pytest.raises(UserError, match="my_network:Network cannot be exported for a batch of any"):
+        export.export(dataclasses.replace(model, network=CountsExamples()))
+
+    # Another number of classes would have a new last layer.
+    again = run(tmp_path / "again", model=spec, init_from=str(path), head="last/.*")
+    assert f"Took 8 of the network's 8 arrays from {path}." in again
