@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.common import append_result
 from train.look import comparison
+from train.program import path
 from train.store.runs import Run, read_run
 
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
@@ -46,7 +47,7 @@ def run(network: str, workdir: pathlib.Path, flags: Sequence[str]) -> Run:
 def main() -> None:
     """Runs what is missing and compares."""
     parser = argparse.ArgumentParser(description="The Fashion-MNIST sweep.")
-    parser.add_argument("--runs", type=pathlib.Path, required=True, help="folder of the workdirs")
+    parser.add_argument("--runs", type=path, required=True, help="folder of the workdirs")
     parser.add_argument("--networks", nargs="+", choices=SEEDS, default=list(SEEDS))
     arguments = parser.parse_args()
     for network in arguments.networks:

@@ -11,6 +11,7 @@ Times are the medians of interleaved repetitions. Takes about two minutes. Appen
 `benchmarks/results/deployment.jsonl`.
 """
 
+import argparse
 import functools
 import gzip
 import operator
@@ -103,6 +104,7 @@ def products() -> list[dict[str, float]]:
 
 def main() -> None:
     """Measures both, prints them and keeps them."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     found = programs()
     print_table(
         ("sparsity", "program, MB", "gzipped", "model.npz", "one image, ms"),

@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from benchmarks.common import append_result
+from train.program import path
 from train.store import checkpoint
 
 ARGUMENTS = (
@@ -33,7 +34,7 @@ KILLS_AT_THE_END = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--workdir", type=path, required=True)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()

@@ -13,6 +13,7 @@ Rates are megabytes of dense weights a second on the one core to which the proce
 `benchmarks/results/size.jsonl`.
 """
 
+import argparse
 import math
 import os
 import pathlib
@@ -131,6 +132,7 @@ def measure(weights: Weights, sparsity: float, path: pathlib.Path) -> dict[str, 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     keep_to_one_core()
     rows = []
     one_layer: Shapes = {"kernel": (784, 128)}

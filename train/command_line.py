@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from train import config as config_lib
+from train import program
 from train.config import Config
 from train.errors import UserError
 
@@ -75,7 +76,7 @@ def parse(argv: Sequence[str]) -> Command:
     config = config_lib.parse(changed(load(values.config), rest))
     return Command(
         config=config,
-        workdir=pathlib.Path(values.workdir),
+        workdir=program.path(values.workdir),
         coordinator_address=values.coordinator_address,
         num_processes=values.num_processes,
         process_id=values.process_id,
@@ -114,7 +115,7 @@ def load(config_flag: str) -> ml_collections.ConfigDict:
       UserError: there is no such file, it raises, or it gives no mapping.
     """
     name, colon, argument = config_flag.partition(".py:")
-    path, arguments = pathlib.Path(f"{name}.py" if colon else name), [argument] if colon else []
+    path, arguments = program.path(f"{name}.py" if colon else name), [argument] if colon else []
     try:
         is_file = path.is_file()
     except OSError as error:  # a name may be too long, or not ours to look up

@@ -17,14 +17,19 @@ class StorageError(UserError):
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns what the operating system refuses while `path` is written into a `StorageError`."""
+def writing(path: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
+    """Turns what the operating system refuses while `path` is written into a `StorageError`.
+
+    Args:
+      path: what is written.
+      flag: the program's argument that says where.
+    """
     try:
         yield
     except OSError as error:
         raise StorageError(
             f"{path} cannot be written ({error.strerror or error}); make room there or give a "
-            "--workdir that can be written, and start again to go on."
+            f"{flag} that can be written, and start again."
         ) from error
 
 

@@ -1,10 +1,9 @@
 """Evaluates a model file: python -m train.evaluate --model runs/digits/model.npz"""
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
-from train import program
+from train import parallel, program
 from train.run.cache import use_compilation_cache
 from train.run.evaluation import evaluate_model, open_data
 from train.store import model_file
@@ -13,7 +12,7 @@ from train.store import model_file
 def main(argv: Sequence[str]) -> None:
     """Prints the accuracy of a model file beside the one that the file says it had."""
     parser = program.ArgumentParser("train.evaluate", description=__doc__)
-    parser.add_argument("--model", type=pathlib.Path, required=True, help="a model.npz")
+    parser.add_argument("--model", type=program.path, required=True, help="a model.npz")
     parser.add_argument("--data", help="another data set of the same shape, by its name")
     parser.add_argument(
         "--data_dir",
@@ -21,11 +20,12 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_allow_import()
     arguments = parser.parse_args(argv)
+    parallel.devices()
     use_compilation_cache()
     model = model_file.load(arguments.model, allow_import=arguments.allow_import)
     data = open_data(model, arguments.data, arguments.data_dir)
     found = evaluate_model(model, data).figures
-    print(
+    program.say(
         f"{found['eval/accuracy']:.2%} of {found['eval/examples']} evaluation examples of "
         f"{data.name} right"
     )
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     for name, value in found.items():
         says = model.metadata.evaluation.get(name)
         same = "as in the file" if value == says else f"{says!r} in the file"
-        print(f"{name} {value!r}" + (f", {same}" if own else ""))
+        program.say(f"{name} {value!r}" + (f", {same}" if own else ""))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from feather_jax import cpu
-from train import program
+from train import parallel, program
 from train.errors import UserError, writing
 from train.models.imported import as_sentence
 from train.store import model_file
@@ -85,7 +85,7 @@ def write_object(
         raise UserError(f"{model.path} cannot be compiled: {error}") from error
     described = {
         "function": path.stem,
-        "input": {"dtype": "uint8", "shape": list(images.shape)},
+        "input": {"dtype": "uint8", "shape": list(images.shape), "range": [0, 255]},
         "output": {"dtype": "float32", "shape": [batch, model.metadata.num_classes]},
         "target": target,
         "cpu": processor,
@@ -99,7 +99,11 @@ def describe(model: SavedModel, exported: jax.export.Exported) -> dict[str, Any]
     """What a user of the program needs to know, plain data."""
     (images,), (logits,) = exported.in_avals, exported.out_avals
     return {
-        "input": {"dtype": str(images.dtype), "shape": [str(images.shape[0]), *images.shape[1:]]},
+        "input": {
+            "dtype": str(images.dtype),
+            "shape": [str(images.shape[0]), *images.shape[1:]],
+            "range": [0, 255],  # images of another range are the caller's to scale
+        },
         "output": {"dtype": str(logits.dtype), "shape": [str(logits.shape[0]), *logits.shape[1:]]},
         "platforms": list(exported.platforms),
         "jax": jax.__version__,
@@ -111,8 +115,8 @@ def describe(model: SavedModel, exported: jax.export.Exported) -> dict[str, Any]
 def main(argv: Sequence[str]) -> None:
     """Writes the program and its description."""
     parser = program.ArgumentParser("train.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=pathlib.Path, required=True, help="a model.npz")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder, made if need be")
+    parser.add_argument("--model", type=program.path, required=True, help="a model.npz")
+    parser.add_argument("--out", type=program.path, required=True, help="a folder, made if need be")
     parser.add_argument(
         "--format", choices=("stablehlo", "object"), default="stablehlo", help="see above"
     )
@@ -121,6 +125,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--cpu", help="its processor, such as x86-64-v3, znver4 or cortex-a76")
     parser.add_allow_import()
     arguments = parser.parse_args(argv)
+    parallel.devices()
     given = {"batch": arguments.batch, "target": arguments.target, "processor": arguments.cpu}
     options = {name: value for name, value in given.items() if value is not None}
     if options and arguments.format != "object":
@@ -128,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
     if options.get("batch", 1) < 1:
         raise UserError(f"--batch is {arguments.batch}; a call takes at least one image.")
     model = model_file.load(arguments.model, allow_import=arguments.allow_import)
-    with writing(arguments.out):
+    with writing(arguments.out, "--out"):
         arguments.out.mkdir(parents=True, exist_ok=True)
         if arguments.format == "object":
             line, described = write_object(model, arguments.out, **options)
@@ -136,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
             line, described = write_stablehlo(model, arguments.out)
         description = json.dumps(described, indent=2)
         (arguments.out / "model.json").write_text(description + "\n", encoding="utf-8")
-    print(line)
+    program.say(line)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The end of a run: the finalised model, its evaluation, and what people look at."""
 
+import functools
+
 import jax
 
 import feather_jax as feather
@@ -44,7 +46,8 @@ def finish(session: Session, state: TrainState) -> Record:
     }
     if parallel.is_first():
         path = workdir / "model.npz"
-        model_file.save(path, experiment, variables, counts, evaluation)
+        write = functools.partial(model_file.save, path, experiment, variables, counts, evaluation)
+        session.checkpoints.make_room_for(write)
         summary |= time_one_image(model_file.load(path, allow_import=True))
         run = Run(workdir, experiment.config, summary, session.journal.records)
         with writing(workdir):

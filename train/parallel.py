@@ -15,6 +15,22 @@ from train.errors import UserError
 AXIS = "batch"
 
 
+def devices() -> list[jax.Device]:
+    """All devices of all processes, started if need be.
+
+    Raises:
+      UserError: there are none of the kind that is asked for.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # CUDA's without a GPU is an assertion
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise UserError(
+            f"JAX started no device ({reason}); correct JAX_PLATFORMS or install JAX for what this "
+            "machine has."
+        ) from error
+
+
 def device_mesh() -> Mesh:
     """All devices of all processes along the axis "batch", in the order that pmap gives them.
 

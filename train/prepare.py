@@ -170,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     prepared = prepare(arguments.name, arguments.data_dir, arguments.manual_dir)
-    print(
+    program.say(
         f"{arguments.name} is in {prepared.directory}: {len(prepared.train):,} training and "
         f"{len(prepared.evaluation):,} evaluation examples."
     )

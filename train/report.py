@@ -4,13 +4,12 @@ train.main writes `report.html` at the end of every run. This program writes it 
 beside the accuracy of the dense twin: the same configuration with --config.sparsity=0.
 """
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from jaxtyping import PyTree
 
-from train import asl, program
+from train import asl, parallel, program
 from train.errors import UserError
 from train.look import report
 from train.store import checkpoint, model_file
@@ -21,17 +20,18 @@ from train.store.runs import Run, differences, read_run
 def main(argv: Sequence[str]) -> None:
     """Writes the report of a finished run anew."""
     parser = program.ArgumentParser("train.report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("workdir", type=pathlib.Path, help="of a finished run")
-    parser.add_argument("--dense", type=pathlib.Path, help="the workdir of its dense twin")
+    parser.add_argument("workdir", type=program.path, help="of a finished run")
+    parser.add_argument("--dense", type=program.path, help="the workdir of its dense twin")
     parser.add_allow_import()
     arguments = parser.parse_args(argv)
+    parallel.devices()
     run = read_run(arguments.workdir)
     twin = None if arguments.dense is None else read_run(arguments.dense)
     if twin is not None:
         _check_twin(run, twin)
     allowed = arguments.allow_import
     report.write(run, trained_params(run, allow_import=allowed), twin, allow_import=allowed)
-    print(run.workdir / "report.html")
+    program.say(run.workdir / "report.html")
 
 
 def _check_twin(run: Run, twin: Run) -> None:

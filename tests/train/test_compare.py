@@ -73,6 +73,30 @@ def test_runs_that_differ_in_their_seed_are_one_point(sweep):
     assert found["p = 1", 0.99].left == pytest.approx(0.01)
 
 
+def test_a_run_that_is_given_twice_counts_once(sweep, tmp_path, capsys):
+    (tmp_path / "again").symlink_to(sweep[0])
+    again = [sweep[0], sweep[0].parent / "." / sweep[0].name, tmp_path / "again"]
+    assert program.run(lambda: compare.main([str(path) for path in again])) == 0
+    (line,) = capsys.readouterr().out.splitlines()[2:]
+    assert line.split()[4] == "1"
+
+
+def test_runs_of_different_data_sets_are_said_to_be(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / name, 0.9, sparsity=0.9, data={"name": name})
+        for name in ("digits", "mnist")
+    ]
+    assert program.run(lambda: compare.main([str(path) for path in runs])) == 0
+    assert "These runs are of different data sets: digits, mnist." in capsys.readouterr().out
+
+
+def test_where_the_comparison_cannot_be_written_out_is_named(sweep, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = [*map(str, sweep), "--out", str(tmp_path / "file" / "out")]
+    assert program.run(lambda: compare.main(arguments)) == 2
+    assert "give a --out that can be written" in capsys.readouterr().err
+
+
 def test_the_table_has_mean_and_spread(sweep):
     found = comparison.points([read_run(workdir) for workdir in sweep])
     table = comparison.table(found).splitlines()

@@ -69,7 +69,11 @@ def test_the_weights_are_in_it_to_the_bit_and_zeros_stay_zeros(finished_run, exp
 
 def test_the_description_says_what_goes_in_and_what_comes_out(finished_run, exported):
     description = json.loads((exported / "model.json").read_text())
-    assert description["input"] == {"dtype": "uint8", "shape": ["batch", 8, 8, 1]}
+    assert description["input"] == {
+        "dtype": "uint8",
+        "shape": ["batch", 8, 8, 1],
+        "range": [0, 255],
+    }
     assert description["output"] == {"dtype": "float32", "shape": ["batch", 10]}
     assert description["platforms"] == ["cpu", "cuda", "tpu"]
     assert description["model"] == feather.load_metadata(finished_run / "model.npz")

@@ -5,11 +5,14 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import pathlib
+import secrets
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any, Protocol
 
 import cv2
@@ -186,8 +189,9 @@ def _batches(
     """
     flags.FLAGS.mark_as_parsed()  # Grain reads its own there; the program keeps none in them
     threads = 1 if workers else min(_cores(), _MAX_THREADS)
+    prefix = f"feather_{os.getpid()}_{secrets.token_hex(4)}_"
     if workers and sys.platform == "linux":
-        make = functools.partial(_shared, make)
+        make = functools.partial(_shared, make, prefix)
     batches = iter(
         grain.MapDataset.range(start, stop)
         .map(make)
@@ -202,6 +206,7 @@ def _batches(
         yield from batches
     finally:
         batches.close()
+        _free(prefix)
 
 
 def _cores() -> int:
@@ -211,7 +216,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _shared(make: Callable[[int], Batch], step: int) -> Batch:
+def _shared(make: Callable[[int], Batch], prefix: str, step: int) -> Batch:
     """The batch of a step, its arrays in memory that Grain shares with the parent process.
 
     Grain would do that itself, by copying into the mapped memory: with a page fault every 4 KiB,
@@ -221,7 +226,8 @@ def _shared(make: Callable[[int], Batch], step: int) -> Batch:
     batch, shared = make(step), {}
     try:
         for name, array in batch.items():
-            shared[name] = SharedMemoryArray(array.shape, array.dtype)
+            memory = SharedMemory(f"{prefix}{step}_{name}", create=True, size=array.nbytes)
+            shared[name] = SharedMemoryArray.from_shared_memory(memory, array.shape, array.dtype)
             with open(f"/dev/shm/{shared[name].shm.name}", "r+b") as file:
                 file.write(array)
     except OSError as error:
@@ -232,6 +238,21 @@ def _shared(make: Callable[[int], Batch], step: int) -> Batch:
             "more room (docker run --shm-size) or decode in threads (--config.data.workers=0)."
         ) from error
     return shared
+
+
+def _free(prefix: str) -> None:
+    """Frees what workers made ahead and nobody took.
+
+    Grain leaves it to the end of the process, which warns of leaked objects. What is mapped here is
+    in use, and frees itself.
+    """
+    left = list(pathlib.Path("/dev/shm").glob(f"{prefix}*"))
+    mapped = pathlib.Path("/proc/self/maps").read_text() if left else ""
+    for path in left:
+        if path.name not in mapped:
+            memory = SharedMemory(path.name)
+            memory.close()
+            memory.unlink()
 
 
 def _begin_worker(index: int, count: int) -> None:

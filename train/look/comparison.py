@@ -191,7 +191,7 @@ def write(folder: pathlib.Path, runs: Sequence[Run]) -> None:
     text = page.render(
         "compare.html", title=title, picture=picture, headers=headers, rows=lines, runs=runs
     )
-    with writing(folder):
+    with writing(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "compare.png", page.png(figure(found), dpi=150))
         write_atomically(folder / "compare.html", text)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from train import parallel
 from train.errors import UserError
 
 # A process that died, or that leaves alone, takes the others down within this time.
@@ -56,13 +57,7 @@ def join(
         _check(**given)
         _initialize(**given)
         how = "as the flags say"
-    try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        raise UserError(
-            f"JAX started no device ({_first_line(error)}); correct JAX_PLATFORMS or install JAX "
-            "for what this machine has."
-        ) from error
+    devices = parallel.devices()
     count = jax.process_count()
     processes = f"{count} processes" if count > 1 else "one process"
     return f"Running in {processes} ({how}) on {len(devices)} x {devices[0].device_kind}."

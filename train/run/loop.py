@@ -18,10 +18,11 @@ from train.step import Metrics, make_train_step
 from train.store.metrics import Record
 
 
-def train(session: Session) -> TrainState:
+def train(session: Session) -> Progress:
     """Dispatches a step, then reads the metrics of the one before, to the last step.
 
-    So the device always has a step to do while the host waits, and never more than two.
+    So the device always has a step to do while the host waits, and never more than two. What the
+    last step leaves is for the caller to save.
 
     Raises:
       UserError: the training diverged, or what has to be written cannot be.
@@ -43,7 +44,7 @@ def train(session: Session) -> TrainState:
             unread = step, metrics
             signal, last = session.interruption.signal_after(step), step == steps.total
             evaluating = last or step % steps.eval_every == 0
-            saving = last or signal or step % config.checkpoint_every_steps == 0
+            saving = signal or (step % config.checkpoint_every_steps == 0 and not last)
             if evaluating or saving:
                 metrics, evaluation = jax.device_get(metrics), None  # or three would be in flight
                 if evaluating:
@@ -52,10 +53,10 @@ def train(session: Session) -> TrainState:
                 unread = None
                 journal.pause()
             if saving:
-                save(session, Progress(state, kept), must=last or bool(signal))
+                save(session, Progress(state, kept), must=bool(signal))
             if signal:
                 raise Interrupted(signal, step)
-    return state
+    return Progress(state, kept)
 
 
 def current_variables(prune: Pruning, state: TrainState) -> PyTree:
@@ -91,16 +92,18 @@ def save(session: Session, progress: Progress, *, must: bool) -> None:
     checkpoints, say = session.checkpoints, session.journal.say
     must_each = jax.process_count() > 1
     try:
-        session.journal.sync()
+        if must:
+            checkpoints.make_room_for(session.journal.sync)
+        else:
+            session.journal.sync()
         try:
             checkpoints.wait()
         except StorageError as error:
             if must_each:
                 raise
             say(f"{error} The present state is tried in its place.")
-        checkpoints.save(progress.items(), {"wall_seconds": session.wall_seconds()})
-        if must:
-            checkpoints.wait()
+        write = checkpoints.save_now if must else checkpoints.save
+        write(progress.items(), {"wall_seconds": session.wall_seconds()})
     except StorageError as error:
         if must or must_each:
             raise

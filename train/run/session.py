@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from train import experiment as experiment_lib
-from train import parallel
+from train import parallel, program
 from train.asl import network_params
 from train.config import Config
 from train.experiment import Experiment, TrainState, abstract_state, initial_state
@@ -168,7 +168,7 @@ def left_or_new(
     check_unfinished(workdir)
     start = beginning(experiment, initial_state(experiment))
     if source := experiment.config.init_from:
-        path, head = pathlib.Path(source), experiment.config.head
+        path, head = program.path(source), experiment.config.head
         state = with_variables_of(start.state, path, experiment.model, say, head=head)
         start = Progress(state, start.kept)
     return start, None

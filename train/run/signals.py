@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM as a wish to stop at the next step boundary, on all processes together."""
 
 import signal
+import threading
 import types
 from typing import Self
 
@@ -29,6 +30,8 @@ class Interrupted(Exception):
 class Interruption:
     """Notes SIGINT and SIGTERM while it is entered; a second SIGINT leaves at once.
 
+    In another thread than the main one, as a tuner or a notebook's agent runs it, it notes none.
+
     With several processes, JAX's preemption service listens to SIGTERM (and to what else the
     platform has for a notice), tells all of them, and makes out a step that none has passed. A
     SIGINT is handed to it as well.
@@ -39,7 +42,9 @@ class Interruption:
 
     def __enter__(self) -> Self:
         several = jax.process_count() > 1
-        noted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+        noted = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+        if threading.current_thread() is not threading.main_thread():
+            noted = []  # Python has the main thread alone listen: it is whose signals these are
         self._before = {number: signal.signal(number, self._note) for number in noted}
         return self
 

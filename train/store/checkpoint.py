@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import re
+import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -85,6 +88,55 @@ class Checkpoints:
                 f"The checkpoint of step {step} was refused: {self._directory} holds a later one, "
                 "which another run must have written; give each run its own --workdir."
             )
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def save_now(self, items: Mapping[str, PyTree], info: dict[str, Any]) -> None:
+        """Saves a state and waits for it, where need be in the place of all older ones.
+
+        Raises:
+          StorageError: it cannot be written, or would not fit even so, and then none is removed.
+          UserError: as `save`.
+        """
+
+        def write() -> None:
+            self.save(items, info)
+            self.wait()
+
+        self.make_room_for(write, least=0 if self._room_for(items) else len(self._steps()))
+
+    def make_room_for(self, write: Callable[[], None], least: int = 1) -> None:
+        """Writes; where there is no room, the oldest checkpoints make it, but the `least` newest.
+
+        With several processes none is removed.
+
+        Raises:
+          StorageError: it cannot be written even so.
+        """
+        while True:
+            try:
+                return write()
+            except StorageError:
+                steps = self._steps()
+                if jax.process_count() > 1 or len(steps) <= least:
+                    raise
+                with writing(self._directory):
+                    shutil.rmtree(self._directory / str(steps[0]))
+                self._open()
+
+    def _steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def _room_for(self, items: Mapping[str, PyTree]) -> bool:
+        """Whether a state would fit if all checkpoints made room for it."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(items)))
+        with writing(self._directory):
+            files = [path for path in self._directory.rglob("*") if path.is_file()]
+            there = sum(path.stat().st_size for path in files)
+            return shutil.disk_usage(self._directory).free + there > 1.1 * needed
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -299,6 +351,24 @@ def _listed(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says, cut where it is long."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= 200 else f"{lines[0][:197]}..."
+    """The operating system's reason where a library passes it on, or else its own first line."""
+    text = str(error).strip() or type(error).__name__
+    if code := re.search(r"(?:OS error |os_error_code=')(\d+)", text):  # TensorStore's
+        return os.strerror(int(code[1]))
+    first = text.splitlines()[0]
+    return first if len(first) <= 200 else f"{first[:197]}..."
+
+
+def quiet_about_closed_loops(
+    hook: Callable[[Any], Any],
+) -> Callable[[Any], Any]:
+    """`sys.unraisablehook`, but silent about what comes after a failed save, a hundred times over.
+
+    TensorStore goes on to call back into an event loop that Orbax has closed.
+    """
+
+    def quiet(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return quiet

@@ -116,6 +116,38 @@ def test_a_worker_outlives_signals_to_all_and_not_its_parent(small_imagenet, tmp
     assert not status.exists() or "State:\tZ" in status.read_text()
 
 
+IMPATIENT = """
+import itertools
+from train import data
+
+def main():
+    batches = data.load({spec!r}, batch_size=4, seed=0).train_batches(0)
+    taken = list(itertools.islice(batches, 2))
+    batches.close()
+    print(taken[1]["label"])
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_what_workers_made_ahead_is_freed(small_imagenet, tmp_path):
+    """Nothing is left in memory, and no warning of leaked objects on stderr."""
+    spec = SPEC | {"data_dir": str(small_imagenet), "workers": 2}
+    (tmp_path / "impatient.py").write_text(IMPATIENT.format(spec=spec))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "impatient.py")],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr
+    assert "Error" not in done.stderr
+    assert not list(pathlib.Path("/dev/shm").glob("feather_*"))
+
+
 def test_batches_are_as_the_contract_has_them(small_imagenet):
     data_set = load(small_imagenet, batch_size=4, processes=2, process=1)
     assert data_set.image_shape == (32, 32, 3)

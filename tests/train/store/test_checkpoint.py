@@ -320,6 +320,28 @@ def test_a_full_disk_loses_nothing_and_the_next_save_works(tiny_disk):
     assert checkpoint.unfinished(folder) == []
 
 
+def test_where_the_disk_is_full_older_checkpoints_make_room(tiny_disk):
+    folder = tiny_disk(4_000_000) / "checkpoints"
+    saved(folder, 1, 2)
+    fill(folder.parent / "filler")
+    checkpoints = Checkpoints(folder, 10)
+    checkpoints.save_now(items(state_at(3)), {})
+    assert checkpoints.latest == 3
+    checkpoints.close()
+    assert_same(restored(folder)[0], 3)
+
+
+def test_what_would_not_fit_removes_nothing(tiny_disk):
+    folder = tiny_disk(1_000_000) / "checkpoints"
+    saved(folder, 1, 2)
+    checkpoints = Checkpoints(folder, 10)
+    large = state_at(3).replace(batch_stats={"norm": np.random.default_rng(0).normal(size=10**6)})
+    with pytest.raises(StorageError, match=r"step 3 could not be written.*No space left on device"):
+        checkpoints.save_now(items(large), {})
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir() if path.name.isdecimal()) == ["1", "2"]
+
+
 def test_that_the_save_before_failed_does_not_cost_the_last_one(tiny_disk):
     """There is room again when the run is stopped: its state is saved, and the failure told."""
     folder = tiny_disk(4_000_000) / "checkpoints"
