@@ -1,5 +1,6 @@
 """Plans, targets and pytrees' structures as JSON, and back: nothing is made but what is listed."""
 
+import base64
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -41,7 +42,7 @@ _NAMES = {kind: name for name, kind in CLASSES.items()}
 
 
 def encode(value: Any) -> Any:
-    """JSON for frozen dataclasses of numbers, strings, dtypes and tuples.
+    """JSON for frozen dataclasses of numbers, strings, dtypes, tuples and arrays.
 
     Raises:
       TypeError: there is something else in it.
@@ -51,6 +52,10 @@ def encode(value: Any) -> Any:
             return {KIND: "dtype", "name": value.name}
         case np.generic():
             return {KIND: "scalar", "dtype": value.dtype.name, "bytes": value.tobytes().hex()}
+        case np.ndarray():
+            content = base64.b64encode(value.tobytes()).decode()
+            shape = list(value.shape)
+            return {KIND: "array", "dtype": value.dtype.name, "shape": shape, "bytes": content}
         case float() if not math.isfinite(value):
             return {KIND: "float", "value": str(value)}
         case None | bool() | int() | float() | str():
@@ -83,6 +88,9 @@ def decode(value: Any) -> Any:
             return np.dtype(fields["name"])
         case "scalar":
             return np.frombuffer(bytes.fromhex(fields["bytes"]), np.dtype(fields["dtype"]))[0]
+        case "array":
+            content = np.frombuffer(base64.b64decode(fields["bytes"]), np.dtype(fields["dtype"]))
+            return content.reshape(fields["shape"])
         case "float":
             return float(fields["value"])
         case name:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import typing
 import zipfile
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feather_jax import cpu
-from feather_jax.cpu import codec, program
+from feather_jax.cpu import codec, graph, plan, program
 from feather_jax.cpu.target import host
 
 rng = np.random.default_rng(0)
@@ -158,5 +159,27 @@ def test_scalars_keep_their_bits():
         assert back.dtype == value.dtype
         assert back.tobytes() == value.tobytes()
     assert codec.decode(codec.encode(np.dtype(np.int32))) == np.int32
-    with pytest.raises(TypeError, match="ndarray"):
-        codec.encode(np.zeros(3))
+    with pytest.raises(TypeError, match="no object"):
+        codec.encode(object())
+
+
+def test_arrays_keep_their_bits():
+    value = rng.standard_normal((2, 3)).astype(np.float32)
+    back = codec.decode(json.loads(json.dumps(codec.encode(value))))
+    np.testing.assert_array_equal(back, value)
+    assert back.dtype == value.dtype
+
+
+def test_known_indices_are_kept(tmp_path):
+    indices = np.array([3, 1, 1])
+    compiled = cpu.compile(lambda x: 2 * x[indices], np.arange(5, dtype=np.float32))
+    compiled.save(tmp_path / "x.program")
+    loaded = cpu.load(tmp_path / "x.program")
+    np.testing.assert_array_equal(loaded(np.arange(5, dtype=np.float32)), [6, 2, 2])
+
+
+def test_every_kernel_and_operation_can_be_kept():
+    known = set(codec.CLASSES.values())
+    weights_only = {graph.Input, graph.Constant, graph.Convolution}  # a plan holds none of these
+    assert set(typing.get_args(plan.Kernel)) <= known
+    assert set(typing.get_args(graph.Operation)) - weights_only <= known
