@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from train import parallel, program
 from train.run.cache import use_compilation_cache
-from train.run.evaluation import evaluate_model, open_data
+from train.run.evaluation import evaluate_compiled, evaluate_model, open_data
 from train.store import model_file
 
 
@@ -18,17 +18,33 @@ def main(argv: Sequence[str]) -> None:
         "--data_dir",
         help="where the data set is, or the folder of pictures, if not where the run had it",
     )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="compiled by feather_jax.cpu, with the images a second that it takes beside XLA",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of --compiled")
     parser.add_allow_import()
     arguments = parser.parse_args(argv)
     parallel.devices()
     use_compilation_cache()
     model = model_file.load(arguments.model, allow_import=arguments.allow_import)
     data = open_data(model, arguments.data, arguments.data_dir)
-    found = evaluate_model(model, data).figures
+    if arguments.compiled:
+        compiled = evaluate_compiled(model, data, arguments.threads)
+        found = compiled.predictions.figures
+    else:
+        found = evaluate_model(model, data).figures
     program.say(
         f"{found['eval/accuracy']:.2%} of {found['eval/examples']} evaluation examples of "
         f"{data.name} right"
     )
+    if arguments.compiled:
+        threads = "1 thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+        program.say(
+            f"{compiled.images_per_second:,.0f} images/s compiled, on {threads}; "
+            f"{compiled.images_per_second_of_xla:,.0f} by XLA; {compiled.batch_size} at a time"
+        )
     own = data.name == model.metadata.data["name"]
     for name, value in found.items():
         says = model.metadata.evaluation.get(name)

@@ -164,20 +164,23 @@ def make_eval_step(
         variables: PyTree, batch: Batch, *, axis_name: str | None = None
     ) -> dict[str, Array]:
         images, arguments = preprocess(batch["image"]), call_arguments(model, train=False)
-        logits = jnp.asarray(model.apply(variables, images, **arguments))
-        labels = batch["label"]
-        outcomes = {
-            "mask": batch["mask"],
-            "label": labels,
-            "prediction": jnp.argmax(logits, -1).astype(jnp.int32),
-            "rank": ranks(logits, labels),
-            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-        }
-        if axis_name is None:
-            return outcomes
-        return jax.lax.all_gather(outcomes, axis_name, tiled=True)
+        logits = model.apply(variables, images, **arguments)
+        found = outcomes(jnp.asarray(logits), batch)
+        return found if axis_name is None else jax.lax.all_gather(found, axis_name, tiled=True)
 
     return eval_step
+
+
+def outcomes(logits: Float[Array, "b classes"], batch: Batch) -> dict[str, Array]:
+    """What an evaluation keeps of a batch's logits (see `make_eval_step`)."""
+    labels = batch["label"]
+    return {
+        "mask": batch["mask"],
+        "label": labels,
+        "prediction": jnp.argmax(logits, -1).astype(jnp.int32),
+        "rank": ranks(logits, labels),
+        "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+    }
 
 
 def ranks(logits: Float[Array, "b classes"], labels: Int32[Array, " b"]) -> Int32[Array, " b"]:

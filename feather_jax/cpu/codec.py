@@ -28,7 +28,7 @@ CLASSES: dict[str, type] = {
     for kind in (
         *(dense.SparseProduct, dense.DenseProduct),
         *(graph.Broadcast, graph.Concatenate, graph.Elementwise, graph.Literal, graph.MatMul),
-        *(graph.Pad, graph.Pool, graph.Reduce, graph.Reshape, graph.Slice, graph.Step),
+        *(graph.Pad, graph.Pool, graph.Reduce, graph.Reshape, graph.Slice, graph.Step, graph.Take),
         *(layouts.ToTiles, layouts.ToRows, layouts.Halo, layouts.Retile),
         *(plan.Array, plan.Copy, plan.Place, plan.Plan, plan.RowsKernel, plan.Step),
         *(graph.Transpose, convolution.SparseConvolution, target.Target, tiles.Tiles),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import sys
 
@@ -153,3 +154,21 @@ def test_every_device_count_evaluates_every_example(model, batch_size):
     data = evaluation.open_data(saved)
     assert sum(int(batch["mask"].sum()) for batch in data.eval_batches()) == data.num_eval
     assert next(iter(data.eval_batches()))["image"].shape[0] % jax.device_count() == 0
+
+
+def test_compiled_it_gives_the_same_accuracy(finished_run, model, capsys):
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert status("--model", model, "--compiled", "--threads", 2) == 0
+    printed = capsys.readouterr().out
+    assert f"eval/accuracy {summary['eval/accuracy']!r}, as in the file" in printed
+    loss = float(re.search(r"eval/loss (\S+?),", printed)[1])
+    assert loss == pytest.approx(summary["eval/loss"], rel=1e-5)
+    rates = re.search(
+        r"([\d,]+) images/s compiled, on 2 threads; ([\d,]+) by XLA; 64 at a", printed
+    )
+    assert all(int(rate.replace(",", "")) > 0 for rate in rates.groups())
+
+
+def test_threads_that_are_none(model, capsys):
+    assert status("--model", model, "--compiled", "--threads", 0) == 2
+    assert "threads is 0" in capsys.readouterr().err
