@@ -13,13 +13,19 @@ from train import fields
 from train.asl import Asl
 from train.config import Config, Steps
 from train.errors import UserError
-from train.fields import Checked, Count, Positive
+from train.fields import AtLeast0, Checked, Count, Positive
 
 Pruning: TypeAlias = feather.Feather | Asl
 
 
 class NoOptions(Checked):
     """Of backbones that have none."""
+
+
+class MacsOptions(Checked):
+    """Of a budget of multiply-accumulates: magnitudes are divided by a weight's cost^exponent."""
+
+    exponent: AtLeast0 = 0.0
 
 
 class PatternOptions(Checked):
@@ -38,6 +44,9 @@ class AslOptions(Checked):
 
 OPTIONS: dict[str, type[Checked]] = {
     "global": NoOptions,
+    "uniform": NoOptions,
+    "erk": NoOptions,
+    "macs": MacsOptions,
     "n_m": PatternOptions,
     "asl": AslOptions,
 }
@@ -56,7 +65,13 @@ def options(spec: Mapping[str, Any]) -> Any:
     return fields.parse(OPTIONS[name], given, "config.backbone", name)
 
 
-def pruning(config: Config, steps: Steps, params: PyTree, prunable: PyTree[bool]) -> Pruning:
+def pruning(
+    config: Config,
+    steps: Steps,
+    params: PyTree,
+    prunable: PyTree[bool],
+    macs: Callable[[], feather.Macs],
+) -> Pruning:
     """What prunes in a run.
 
     Args:
@@ -64,6 +79,7 @@ def pruning(config: Config, steps: Steps, params: PyTree, prunable: PyTree[bool]
       steps: its durations in updates.
       params: the network's parameters, or their shapes.
       prunable: which of them may be pruned, a pytree of bools.
+      macs: counts the multiply-accumulates of the network.
 
     Raises:
       UserError: a kernel cannot have the pattern or the blocks, or the sparsity is more than the
@@ -78,6 +94,23 @@ def pruning(config: Config, steps: Steps, params: PyTree, prunable: PyTree[bool]
         )
     if name == "asl" and config.sparsity:
         return Asl(config.sparsity, config.p, theta, prunable, chosen.weight)
+
+    def select() -> Callable[..., PyTree]:
+        if name == "uniform":
+            return feather.layer_thresholds
+        if name == "erk":
+            final = feather.erdos_renyi_kernel(params, config.sparsity, prunable=prunable)
+            return functools.partial(feather.layer_thresholds, final=final)
+        if name == "macs":
+            return functools.partial(
+                feather.budget_thresholds,
+                cost=macs().cost_per_weight(params),
+                exponent=chosen.exponent,
+            )
+        if name == "n_m":
+            return functools.partial(feather.n_m_thresholds, n=chosen.n, m=chosen.m)
+        return feather.global_threshold
+
     prune = feather.Feather(
         sparsity=config.sparsity,
         begin_step=steps.prune_begin,
@@ -85,22 +118,15 @@ def pruning(config: Config, steps: Steps, params: PyTree, prunable: PyTree[bool]
         p=config.p,
         theta=theta,
         prunable=prunable,
-        select=_selection(name, chosen),
+        select=select() if config.sparsity else feather.global_threshold,
         magnitude=magnitude(config),
     )
-    if not config.sparsity:
-        return prune
-    try:
-        jax.eval_shape(prune.finalize, params)
-    except ValueError as error:
-        raise UserError(f"config.backbone and config.block: {error}") from error
+    if config.sparsity:
+        try:
+            jax.eval_shape(prune.finalize, params)
+        except ValueError as error:
+            raise UserError(f"config.backbone and config.block: {error}") from error
     return prune
-
-
-def _selection(name: str, chosen: Any) -> Callable[..., PyTree]:
-    if name == "n_m":
-        return functools.partial(feather.n_m_thresholds, n=chosen.n, m=chosen.m)
-    return feather.global_threshold
 
 
 def magnitude(config: Config) -> Callable[[Array], Array]:

@@ -20,7 +20,7 @@ from train.backbones import Pruning, pruning
 from train.config import Config, Steps
 from train.data import DataSet
 from train.errors import UserError
-from train.models.calling import call_arguments
+from train.models.calling import call_arguments, count_macs
 from train.optimizer import learning_rate, make_optimizer
 
 
@@ -106,7 +106,13 @@ def build(config: Config, data: DataSet | None = None) -> Experiment:
     variables = jax.eval_shape(lambda: initial_variables(model, data.image_shape, config.seed))
     check_paths(variables["params"], config)
     prunable = prunable_mask(variables["params"], config)
-    prune = pruning(config, steps, variables["params"], prunable)
+    prune = pruning(
+        config,
+        steps,
+        variables["params"],
+        prunable,
+        lambda: count_macs(model, variables, data.image_shape),
+    )
     schedule = learning_rate(config, steps)
     tx = make_optimizer(config, schedule, prune)
     return Experiment(config, steps, data, model, prunable, prune, schedule, tx)

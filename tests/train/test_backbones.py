@@ -34,10 +34,23 @@ def params():
     }
 
 
+def macs():
+    """Of the kernels of `params` as if the convolution were at 36 positions, the matrix at one."""
+
+    def network(params, images, x):
+        images = jax.lax.conv(
+            images.transpose(0, 3, 1, 2), params["stem"]["kernel"].T, (1, 1), "VALID"
+        )
+        return images.sum() + (x @ params["head"]["kernel"]).sum()
+
+    return feather.count_macs(network, params(), jnp.ones((1, 8, 8, 3)), jnp.ones((1, 16)))
+
+
 def pruning(**changes):
     config = config_lib.parse(TINY | changes)
     steps = config_lib.steps(config, num_train=1437)
-    return backbones.pruning(config, steps, params(), feather.prunable_weights(params()))
+    mask = feather.prunable_weights(params())
+    return backbones.pruning(config, steps, params(), mask, macs)
 
 
 def trained(workdir, **changes):
@@ -51,6 +64,39 @@ def test_the_default_is_one_threshold_for_all():
     assert prune.select is feather.global_threshold
     assert prune.magnitude is jnp.abs
     assert prune.threshold(params(), 100).shape == ()
+
+
+def test_uniform_is_the_sparsity_in_every_layer():
+    final = pruning(backbone={"name": "uniform"}, sparsity=0.9).finalize(params())
+    for layer in final.values():
+        size = layer["kernel"].size
+        assert (layer["kernel"] == 0).sum() == int(0.9 * (size - 1)) + 1
+
+
+def test_erk_leaves_small_layers_denser():
+    final = pruning(backbone={"name": "erk"}, sparsity=0.7).finalize(params())
+    expected = feather.erdos_renyi_kernel(params(), 0.7)
+    for name, layer in final.items():
+        pruned = (layer["kernel"] == 0).mean()
+        assert pruned == pytest.approx(expected[name]["kernel"], abs=1 / 160)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_macs_is_a_budget_of_multiply_accumulates(exponent):
+    prune = pruning(backbone={"name": "macs", "exponent": exponent}, sparsity=0.75)
+    final = prune.finalize(params())
+    left = 36 * (final["stem"]["kernel"] != 0).sum() + (final["head"]["kernel"] != 0).sum()
+    whole = 36 * 216 + 160
+    assert 0.25 * whole - 36 < left <= 0.25 * whole
+    dense = (final["head"]["kernel"] != 0).mean()
+    assert dense > 0.5 if exponent else dense < 0.5
+
+
+def test_a_run_with_a_budget_counts_its_own_network(tmp_path):
+    kernels = trained(tmp_path, backbone={"name": "macs"}, sparsity=0.8)
+    # Every weight of this network is used once an image: a budget of weights.
+    left = sum(np.count_nonzero(layer["kernel"]) for layer in kernels.values())
+    assert left == int(0.2 * (64 * 24 + 24 * 16 + 16 * 10))
 
 
 def test_a_run_ends_in_an_n_m_pattern(tmp_path):

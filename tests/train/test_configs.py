@@ -97,4 +97,5 @@ def test_a_config_takes_two_steps(
     assert summary["steps"] == 2
     assert summary["eval/examples"] == (360 if name == "digits" else 8)
     assert np.isfinite(summary["eval/loss"])
-    assert summary["sparsity"] == pytest.approx(config.sparsity, abs=1 / summary["prunable"])
+    if values.backbone["name"] != "macs":  # whose sparsity is not one of weights
+        assert summary["sparsity"] == pytest.approx(config.sparsity, abs=1 / summary["prunable"])

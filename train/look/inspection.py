@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 import feather_jax as feather
-from train.models.calling import call_arguments
+from train.models.calling import count_macs
 from train.store.leaves import selected
 from train.store.model_file import SavedModel
 
@@ -48,13 +47,7 @@ class PrunableLayer:
 
 def macs_of(model: SavedModel) -> feather.Macs:
     """The multiply-accumulates of the whole network for one image."""
-    images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    arguments = call_arguments(model.network, train=False)
-    return feather.count_macs(
-        lambda variables, images: model.network.apply(variables, images, **arguments),
-        model.variables,
-        images,
-    )
+    return count_macs(model.network, model.variables, model.image_shape)
 
 
 def layers_of(

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-from jaxtyping import Array, Key
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+import feather_jax as feather
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
@@ -52,3 +56,12 @@ def call_arguments(
     if keys is not None and "keys" not in arguments:
         arguments["rngs"] = {"params": keys[0]}  # Linen's default, whatever a stream's name is
     return arguments
+
+
+def count_macs(model: nn.Module, variables: PyTree, image_shape: tuple[int, ...]) -> feather.Macs:
+    """The multiply-accumulates of a network for one image [height, width, channels]."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    arguments = call_arguments(model, train=False)
+    return feather.count_macs(
+        lambda variables, images: model.apply(variables, images, **arguments), variables, images
+    )
