@@ -1,6 +1,7 @@
 """Planned and generated code against the graph's interpreter."""
 
 import dataclasses
+import platform
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from feather_jax.cpu.graph import (
 from feather_jax.cpu.interpret import interpret
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles
 from feather_jax.cpu.planner import make_plan
-from feather_jax.cpu.target import host
+from feather_jax.cpu.target import host, named
 from feather_jax.cpu.transpose import RowsToTiles, TilesToRows
 
 SAME = ((1, 1), (1, 1))
@@ -235,3 +236,20 @@ def test_plan_prints():
     assert f"{nonzeros * 64:,}" in text
     assert plan.macs == nonzeros * 64
     assert weights.nbytes >= 8 * nonzeros
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
+@pytest.mark.parametrize(("cpu", "lanes"), [("x86-64-v2", 4), ("x86-64-v3", 8), ("x86-64-v4", 16)])
+def test_widths_of_x86(build, cpu, lanes):
+    """Code for lesser processors runs on greater ones; for greater ones it is only generated."""
+    target = named(cpu=cpu)
+    assert target.lanes == lanes
+    x = argument(1, 11, 9, 5)
+    y = conv(conv(x, 16, activation=RELU), 12, strides=(2, 2))
+    z = Node(Pool("max", (3, 3), (2, 2), SAME), (conv(y, 7),))
+    mean = Node(Reshape((1, 1, 1, 7)), (Node(Reduce("sum", (1, 2)), (z,)),))
+    outputs = (conv(mean, 5, 1), Node(Convolution(random(1, 1, 7, 9)), (mean,)), z)
+    if lanes <= host().lanes:
+        check(build, *outputs, target=target)
+    else:
+        make_plan(Graph((x,), outputs), target)

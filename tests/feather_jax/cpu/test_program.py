@@ -75,6 +75,37 @@ class Residual(nn.Module):
         return nn.log_softmax(nn.Dense(5)(y.mean((1, 2))))
 
 
+class SqueezeExcitation(nn.Module):
+    """Preprocessing of bytes, asymmetric strides, activations of several kinds, dilation."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = (images.astype(jnp.float32) / 255 - jnp.array([0.5, 0.4, 0.3])) / 0.25
+        x = nn.leaky_relu(nn.Conv(24, (3, 3), strides=2)(x))
+        y = nn.relu6(nn.Conv(24, (5, 3), kernel_dilation=(1, 2), feature_group_count=24)(x))
+        gate = nn.sigmoid(
+            nn.Conv(24, (1, 1))(nn.silu(nn.Conv(6, (1, 1))(y.mean((1, 2), keepdims=True))))
+        )
+        x = x + nn.hard_swish(y * gate)
+        x = jnp.concatenate(
+            [nn.max_pool(x, (3, 3), (2, 2), "SAME"), nn.avg_pool(x, (2, 2), (2, 2), "SAME")], -1
+        )
+        x = nn.gelu(nn.Conv(12, (2, 2), padding="VALID", feature_group_count=2)(x))
+        logits = nn.Dense(7)(x.reshape(x.shape[0], -1))
+        return nn.softmax(logits), logits.argmax(-1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_layers_of_many_kinds(batch):
+    model = SqueezeExcitation()
+    images = rng.integers(0, 256, (batch, 21, 18, 3), np.uint8)
+    variables = thin(model, 0.4, images)
+    expected = jax.jit(model.apply)(variables, images)
+    result = compile_program(lambda images: model.apply(variables, images), images)(images)
+    agree(result[0], expected[0])
+    np.testing.assert_array_equal(result[1], expected[1])
+
+
 @pytest.fixture(scope="module")
 def residual():
     model, images = Residual(), random(2, 15, 13, 3)
