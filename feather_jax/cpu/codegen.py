@@ -44,7 +44,7 @@ from feather_jax.cpu.transpose import (
 
 ENTRY = "feather_run"
 
-PARTS = 4  # of a step's work for each thread
+PARTS = 2  # of a step's work for each thread
 SPINS = 1000  # looks at a counter that others change, about 2 us, before the thread yields
 
 

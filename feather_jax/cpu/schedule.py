@@ -14,7 +14,7 @@ SLAB = 40_000
 IN_PANELS = 0.5
 
 # Pairs of a row and chunk that pay for reading and storing its accumulators once more.
-LEAST_PAIRS = 8
+LEAST_PAIRS = 10
 
 
 def choose_block(

@@ -1,0 +1,110 @@
+"""Packed weights, unpacked again."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feather_jax.cpu.graph import Convolution
+from feather_jax.cpu.pack import Packed, in_panels, pack
+from feather_jax.cpu.tiles import Tiles, choose_tiles
+
+rng = np.random.default_rng(0)
+
+
+def layout(channels: int) -> Tiles:
+    """With a halo, so that no two taps are at the same offset."""
+    tiles = choose_tiles((1, 9, 7, channels), 4)
+    return dataclasses.replace(tiles, halo=((2, 2), (2, 2)))
+
+
+def random(shape: tuple[int, ...], density: float) -> np.ndarray:
+    return (rng.standard_normal(shape) * (rng.random(shape) < density)).astype(np.float32)
+
+
+def unpacked(packed: Packed, op: Convolution, x: Tiles, panel: int) -> np.ndarray:
+    """The weights that lists and panels stand for, by output, channel, row and column."""
+    height, width, _, outputs = op.weights.shape
+    (top, _), (left, _) = op.padding
+    taps = {
+        channel * x.plane
+        + ((i * op.dilation[0] - top) * x.columns + j * op.dilation[1] - left) * x.vector: (
+            channel,
+            i,
+            j,
+        )
+        for channel in range(x.channels)
+        for i in range(height)
+        for j in range(width)
+    }
+    result = np.zeros((outputs, x.channels, height, width), np.float32)
+    for rows in packed.rows:
+        for (low, output), (high, _) in itertools.pairwise(rows):
+            for weight, offset in packed.pairs[low:high]:
+                assert weight
+                result[output, *taps[int(offset)]] += weight
+    for starts in packed.panel_rows if panel else ():
+        for number, (low, high) in enumerate(itertools.pairwise(starts)):
+            for offset, *bits in packed.panels[low:high]:
+                weights = np.array(bits, np.int32).view(np.float32)
+                assert weights.all()
+                part = slice(number * panel, (number + 1) * panel)
+                result[part, *taps[int(offset)]] += weights
+    return result
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([0, 2, 3]),
+    st.integers(1, 7),
+)
+def test_every_weight_once(density, height, width, chunks, panel, outputs):
+    op = Convolution(
+        random((height, width, 8, outputs), density), padding=((1, 0), (2, 1)), dilation=(2, 1)
+    )
+    panel = panel if panel <= outputs else 0
+    packed = pack(op, layout(8), chunks, panel)
+    expected = op.weights.transpose(3, 2, 0, 1)
+    np.testing.assert_array_equal(unpacked(packed, op, layout(8), panel), expected)
+    assert len(packed.rows) == chunks
+    stored = len(packed.pairs) + panel * len(packed.panels)
+    assert stored == np.count_nonzero(op.weights)
+
+
+def test_chunks_take_their_own_channels():
+    op = Convolution(random((1, 1, 8, 3), 1.0))
+    x = layout(8)
+    packed = pack(op, x, 4)
+    for number, rows in enumerate(packed.rows):
+        offsets = packed.pairs["offset"][rows[0, 0] : rows[-1, 0]]
+        assert set(offsets // x.plane) == {2 * number, 2 * number + 1}
+
+
+def test_groups_read_their_own_channels():
+    op = Convolution(random((3, 3, 2, 8), 1.0), padding=((1, 1), (1, 1)), groups=4)
+    weights = unpacked(pack(op, layout(8), 1), op, layout(8), 0)
+    for output in range(8):
+        own = range(output // 2 * 2, output // 2 * 2 + 2)
+        np.testing.assert_array_equal(
+            weights[output, own], op.weights[:, :, :, output].transpose(2, 0, 1)
+        )
+        assert not np.delete(weights[output], own, 0).any()
+
+
+@pytest.mark.parametrize("panel", [2, 3])
+def test_share_in_panels(panel):
+    assert in_panels(Convolution(random((1, 1, 8, 6), 1.0)), panel) == 1
+    assert in_panels(Convolution(np.zeros((1, 1, 8, 6), np.float32)), panel) == 0
+    one = np.zeros((1, 1, 2, 6), np.float32)
+    one[0, 0, 0, :panel] = one[0, 0, 1, 0] = 1  # a whole panel, and a weight alone
+    assert in_panels(Convolution(one), panel) == panel / (panel + 1)
+    dense = Convolution(random((1, 1, 8, 6), 1.0))
+    assert not pack(dense, layout(8), 1, panel).has_lists(panel)
+    assert pack(Convolution(one), layout(2), 1, panel).has_lists(panel)
