@@ -1,5 +1,8 @@
 """The row-major kernels against the interpreter, for any shape, in pieces and on any width."""
 
+import shutil
+import subprocess
+
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import numpy as np
@@ -24,6 +27,7 @@ from feather_jax.cpu.graph import (
 )
 from feather_jax.cpu.interpret import evaluate
 from feather_jax.cpu.loops import emit
+from feather_jax.cpu.machine_code import assemble
 from feather_jax.cpu.target import host, named
 from tests.feather_jax.cpu.kernels import Compiled
 
@@ -205,3 +209,23 @@ def test_one_kernel_serves_equal_nodes():
     first = emit(code, elementwise("exp", x))
     assert emit(code, elementwise("exp", y)) is first
     assert emit(code, elementwise("log", x)) is not first
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm of the binutils")
+@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
+def test_kernels_call_nothing(cpu, tmp_path):
+    """So that an object file needs no library, not even C's mathematics."""
+    unary = "abs ceil cos erf erfc exp expm1 floor log log1p logistic round rsqrt sin sqrt tanh"
+    x, y = arguments(*[np.zeros((3, 5, 5, 20), np.float32)] * 2)
+    nodes = [elementwise(function, x) for function in unary.split()]
+    nodes += [elementwise(function, x, y) for function in ("power", "remainder", "divide")]
+    nodes += [elementwise("convert", x, dtype=dtype) for dtype in (np.uint8, np.int64, np.bool_)]
+    nodes += [Node(Reduce("sum", (1, 2)), (x,)), Node(Transpose((3, 0, 1, 2)), (x,))]
+    target = named("x86_64-linux-gnu", cpu)
+    code = Code(target)
+    for node in nodes:
+        emit(code, node).linkage = "external"
+    path = tmp_path / "kernels.o"
+    path.write_bytes(assemble(code.module, target, jit=False))
+    listing = subprocess.run(["nm", "-u", path], capture_output=True, text=True, check=True)
+    assert listing.stdout.strip() == ""
