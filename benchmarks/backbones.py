@@ -60,12 +60,13 @@ class Cell(NamedTuple):
 
 
 def cells(networks: Sequence[str]) -> Iterator[Cell]:
-    """All runs, in their order: every method once before any has a second seed."""
+    """All runs, in their order: every method at a sparsity, every sparsity, then the next seed."""
+    each = [(sparsity, method) for method, (several, _) in METHODS.items() for sparsity in several]
+    each.sort(key=lambda pair: pair[0])
     for network in networks:
         for seed in range(SEEDS[network]):
-            for method, (sparsities, _) in METHODS.items():
-                for sparsity in sparsities:
-                    yield Cell(network, method, sparsity, seed)
+            for sparsity, method in each:
+                yield Cell(network, method, sparsity, seed)
 
 
 def run(cell: Cell, runs: pathlib.Path) -> dict[str, Any]:
