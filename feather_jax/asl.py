@@ -179,8 +179,8 @@ def _forward(p: float, w: Array, threshold: Array):
 def _backward(p: float, residuals: tuple[Array, Array, Array], cotangent: Array):
     w, sparse, threshold = residuals
     shrunk, given = (jnp.asarray(x, threshold.dtype) for x in (sparse - w, cotangent))
-    by_threshold = jnp.vdot(given, shrunk) / jnp.where(threshold > 0, threshold, 1)
-    return cotangent, jnp.where(threshold > 0, by_threshold, 0)
+    # At T = 0 nothing is shrunk.
+    return cotangent, jnp.vdot(given, shrunk) / jnp.where(threshold > 0, threshold, 1)
 
 
 _operator.defvjp(_forward, _backward)
