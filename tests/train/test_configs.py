@@ -36,9 +36,10 @@ def load(experiment):
 def test_a_config_is_checked_data_whose_parts_fit(experiment):
     config = config_lib.parse(load(experiment))
     parsed = spec.parse(config.data)
-    known = spec.KNOWN[config.data["name"]]
-    shape = known.shape or (parsed.image_size, parsed.image_size, 3)
-    model = models.build(config.model, num_classes=known.num_classes)
+    known = spec.KNOWN.get(config.data["name"])  # a folder has its own classes
+    shape = known.shape if known else None
+    shape = shape or (parsed.image_size, parsed.image_size, 3)
+    model = models.build(config.model, num_classes=known.num_classes if known else 7)
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)
     )
@@ -49,7 +50,7 @@ def test_a_config_is_checked_data_whose_parts_fit(experiment):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_config_says_how_to_run_it(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
-    assert re.search(rf"--config configs/{path.stem}.py(:\S+)? --workdir", text)
+    assert re.search(rf"--config configs/{path.stem}.py(:\S+)?( --config\.\S+)* --workdir", text)
     imports = [
         line for line in path.read_text().splitlines() if line.startswith(("import", "from"))
     ]
@@ -71,8 +72,16 @@ def test_a_config_takes_two_steps(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = load(experiment)
     name = config.data.name
-    known = spec.KNOWN[name]
-    if name != "digits":
+    if name == "folder":
+        for number, image in enumerate(jpeg_photographs):
+            path = tmp_path / "pictures" / ("train" if number < 22 else "eval")
+            path /= f"{number % 2}/{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(image)
+        config.data.update({"path": str(tmp_path / "pictures"), "image_size": 32, "workers": 0})
+        config.init_from = ""  # see models/test_pretrained.py
+    elif name != "digits":
+        known = spec.KNOWN[name]
         if known.shape is None:
             images = jpeg_photographs
             config.data.update({"image_size": 32, "workers": 0})
@@ -87,6 +96,7 @@ def test_a_config_takes_two_steps(
     if experiment == "cifar:resnet20,cifar10":
         config.model.update({"widths": (4, 8, 8), "blocks_per_stage": 1})
     config.batch_size = 8
+    config.mixup = 0.0  # which needs two examples a device, and there are eight devices
     values = config_lib.parse(config)
     shrink = 2 / ((1437 if name == "digits" else 22) // 8 * values.epochs)
     for field in ("epochs", "warmup_epochs", "prune_begin", "prune_end"):
@@ -97,5 +107,22 @@ def test_a_config_takes_two_steps(
     assert summary["steps"] == 2
     assert summary["eval/examples"] == (360 if name == "digits" else 8)
     assert np.isfinite(summary["eval/loss"])
-    if values.backbone["name"] != "macs":  # whose sparsity is not one of weights
+    if values.backbone["name"] != "macs":  # of which sparsity is a fraction
         assert summary["sparsity"] == pytest.approx(config.sparsity, abs=1 / summary["prunable"])
+
+
+@pytest.mark.parametrize("experiment", ["finetune", "folder", "imagenet_vit"])
+def test_fewer_epochs_are_the_only_change_that_a_shorter_run_needs(experiment):
+    arguments = [
+        "main",
+        "--config",
+        f"{ROOT}/configs/{experiment}.py",
+        "--workdir",
+        "run",
+        "--config.epochs=2",
+    ]
+    config, whole = command_line.parse(arguments).config, config_lib.parse(load(experiment))
+    for field in ("warmup_epochs", "prune_begin"):
+        share = getattr(whole, field) / whole.epochs
+        assert getattr(config, field) == pytest.approx(2 * share)
+    assert config.prune_end_epoch == pytest.approx(2 * whole.prune_end_epoch / whole.epochs)
