@@ -4,6 +4,7 @@ import concurrent.futures
 import ctypes
 import dataclasses
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -180,10 +181,14 @@ def compile(fn: Callable[..., Any], *examples: Any, threads: int = 1) -> Program
 
 
 def plan_for(lowered: Lowered, target: Target, threads: int = 1) -> tuple[Plan, np.ndarray]:
-    """The plan of a lowered function and its weights; small functions get one thread."""
+    """The plan of a lowered function and its weights.
+
+    It is for one thread where there is little to share, and on Windows, which has no sched_yield.
+    """
     graph = simplify(lowered.graph)
     plan, weights = make_plan(graph, target, threads)
-    if threads > 1 and plan.macs < WORTH_THREADS:
+    little = plan.macs < WORTH_THREADS * plan.turns
+    if threads > 1 and (little or sys.platform == "win32"):
         return make_plan(graph, target)
     return plan, weights
 

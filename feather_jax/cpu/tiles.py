@@ -150,7 +150,7 @@ def mask_of(tiles: Tiles) -> np.ndarray:
 def choose_tiles(shape: tuple[int, int, int, int], lanes: int, images: int = 1) -> Tiles:
     """The tiles, without halo, that hold an array in the fewest vectors.
 
-    Of those that take as many, the ones that are nearest to square.
+    Of those that take as many, the ones that do not end beyond a row, and nearest to square.
 
     Args:
       shape: batch, height, width, channels.
@@ -165,7 +165,8 @@ def choose_tiles(shape: tuple[int, int, int, int], lanes: int, images: int = 1) 
         tile = (-(-height // grid[0]), -(-width // grid[1]))
         return Tiles(batch, height, width, channels, (images, *grid), tile)
 
-    def cost(each: Tiles) -> tuple[float, float]:
-        return math.prod(each.tile), abs(math.log2(each.tile[1] / each.tile[0]) - 0.1)
+    def cost(each: Tiles) -> tuple[float, ...]:
+        beyond = each.tile[1] * each.grid[2] > width
+        return math.prod(each.tile), beyond, abs(math.log2(each.tile[1] / each.tile[0]) - 0.1)
 
     return min(map(tiles, grids), key=cost)

@@ -15,6 +15,12 @@ from feather_jax.cpu.signature import Signature
 from feather_jax.cpu.target import host
 
 
+@pytest.fixture(autouse=True)
+def idle_machine(monkeypatch):
+    """Threads help, however busy the machine that tests."""
+    monkeypatch.setattr("feather_jax.cpu.program._busy", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def build():
     """A graph as a program of a list of arrays."""

@@ -187,3 +187,19 @@ def test_prints_plan_and_profile(residual):
     assert profile.peak > 1e8
     assert "of peak" in str(profile)
     assert "Conv_1" in str(profile)
+
+
+def test_small_functions_keep_to_one_thread():
+    kernel = random(64, 64)
+    program = compile_program(lambda x: x @ kernel, random(4, 64), threads=2)
+    assert program.plan.threads == 1
+
+
+def test_a_busy_machine_gets_no_helpers(residual, monkeypatch):
+    monkeypatch.setattr("feather_jax.cpu.program.WORTH_THREADS", 0)
+    function, images = residual
+    program = compile_program(function, images, threads=2)
+    expected = program(images)
+    monkeypatch.setattr("feather_jax.cpu.program._busy", lambda: True)
+    monkeypatch.setattr(program, "_pool", None)  # calling it would fail
+    np.testing.assert_array_equal(program(images), expected)
