@@ -54,7 +54,7 @@ def networks(draw, most_layers: int = 6, floats: bool = False) -> Network:
     """
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     shape = (
-        draw(st.sampled_from([1, 2, 5])),
+        draw(st.sampled_from([1, 2, 5, 16])),
         draw(st.integers(4, 12)),
         draw(st.integers(4, 12)),
         draw(st.sampled_from([1, 3, 4, 8])),
