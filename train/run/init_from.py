@@ -16,7 +16,7 @@ from train.errors import UserError
 from train.experiment import TrainState
 from train.models.pretrained import LAYOUTS, translate
 from train.models.vit import ViT, resize_positions
-from train.store import checkpoint, tensors
+from train.store import checkpoint, foreign, tensors
 from train.store.leaves import matched
 
 _POSITIONS = "params/positions"
@@ -39,8 +39,9 @@ def with_variables_of(
 
     Args:
       state: the state before the first update.
-      source: a model file, a workdir, a folder of checkpoints, or a state dict with torchvision's
-        or timm's names, in a file of PyTorch or of safetensors.
+      source: a model file, a workdir, a folder of checkpoints (a run's or Orbax's own), Flax's
+        msgpack, or a state dict with torchvision's or timm's names, in a file of PyTorch or of
+        safetensors.
       model: the network.
       say: takes a line on what was taken, on what was left, and on each newer checkpoint that is
         damaged.
@@ -118,6 +119,9 @@ def _read(source: pathlib.Path, model: nn.Module, say: Callable[[str], None]) ->
             f"config.init_from is {str(source)!r}, and there is no such file or folder; give a "
             "model.npz, the workdir of a run, or PyTorch's weights."
         )
+    plain = foreign.read_orbax(folder)
+    if plain is not None:
+        return plain
     found = checkpoint.newest(folder, items=("variables",))
     if found is None:
         raise UserError(
@@ -140,7 +144,8 @@ def _read_file(source: pathlib.Path, model: nn.Module) -> dict[str, Any]:
     try:
         state_dict = tensors.read(source)
         if state_dict is None:
-            return feather.named_leaves(feather.load(source))
+            flax_file = foreign.read_msgpack(source)
+            return flax_file or feather.named_leaves(feather.load(source))
     except (ValueError, OSError) as error:
         raise UserError(f"config.init_from: {error}") from error
     layouts = LAYOUTS.get(type(model))

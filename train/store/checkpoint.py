@@ -267,7 +267,7 @@ def read(
             raise Damaged("its info is not what was saved, by its CRC-32")
         saved = {name: int(digest) for name, digest in info["digests"].items()}
         for item in items:
-            leaves |= feather.named_leaves({item: _read_arrays(checkpoint / item)})
+            leaves |= feather.named_leaves({item: read_arrays(checkpoint / item)})
     except Damaged:
         raise
     except Exception as error:  # of many types: damage meets Orbax, TensorStore, JSON and us
@@ -281,7 +281,7 @@ def read(
     return leaves, info
 
 
-def _read_arrays(item: pathlib.Path) -> PyTree[np.ndarray]:
+def read_arrays(item: pathlib.Path) -> PyTree[np.ndarray]:
     """Nested dicts and lists, read by Orbax's handler without a barrier between processes."""
     handler = ocp.PyTreeCheckpointHandler()
     structure = handler.metadata(item).tree

@@ -3,10 +3,12 @@
 import functools
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
@@ -66,6 +68,14 @@ def test_a_workdir_a_folder_of_checkpoints_and_a_model_file_will_do(workdir, tmp
     assert_starts_from(workdir / "checkpoints", 2)
     feather.save(tmp_path / "model.npz", variables(state(3)))
     assert_starts_from(tmp_path / "model.npz", 3)
+
+
+def test_what_orbax_and_flax_save_themselves_will_do(tmp_path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", variables(state(3)))
+    assert_starts_from(tmp_path / "orbax", 3)
+    (tmp_path / "flax").write_bytes(flax.serialization.msgpack_serialize(variables(state(4))))
+    assert_starts_from(tmp_path / "flax", 4)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_left_alone(workdir):
