@@ -198,15 +198,19 @@ def _batches(
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
     )
+    taken = start
     try:
         with _held_back() if workers else contextlib.nullcontext():
             first = next(batches, None)  # which starts the workers
         if first is not None:
+            taken += 1
             yield first
-        yield from batches
+        for batch in batches:
+            taken += 1
+            yield batch
     finally:
         batches.close()
-        _free(prefix)
+        _free(prefix, taken)
 
 
 def _cores() -> int:
@@ -240,16 +244,13 @@ def _shared(make: Callable[[int], Batch], prefix: str, step: int) -> Batch:
     return shared
 
 
-def _free(prefix: str) -> None:
-    """Frees what workers made ahead and nobody took.
+def _free(prefix: str, step: int) -> None:
+    """Frees the batches from `step` on, which workers made ahead and nobody took.
 
-    Grain leaves it to the end of the process, which warns of leaked objects. What is mapped here is
-    in use, and frees itself.
+    Grain leaves them to the end of the process, which warns of leaked objects then.
     """
-    left = list(pathlib.Path("/dev/shm").glob(f"{prefix}*"))
-    mapped = pathlib.Path("/proc/self/maps").read_text() if left else ""
-    for path in left:
-        if path.name not in mapped:
+    for path in pathlib.Path("/dev/shm").glob(f"{prefix}*"):
+        if int(path.name.removeprefix(prefix).partition("_")[0]) >= step:
             memory = SharedMemory(path.name)
             memory.close()
             memory.unlink()

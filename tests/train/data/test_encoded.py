@@ -117,7 +117,7 @@ def test_a_worker_outlives_signals_to_all_and_not_its_parent(small_imagenet, tmp
 
 
 IMPATIENT = """
-import itertools
+import itertools, time
 from train import data
 
 def main():
@@ -128,6 +128,7 @@ def main():
 
 if __name__ == "__main__":
     main()
+    time.sleep(2)  # Grain frees what was taken in a thread of its own
 """
 
 
