@@ -1,5 +1,6 @@
 """Data parallelism: one function on every device of every process, the state unstacked."""
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +25,8 @@ def devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # CUDA's without a GPU is an assertion
-        reason = (str(error).splitlines() or ["no reason given"])[0]
+        asked = f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}"
+        reason = (str(error).splitlines() or [asked])[0]
         raise UserError(
             f"JAX started no device ({reason}); correct JAX_PLATFORMS or install JAX for what this "
             "machine has."
