@@ -2,6 +2,7 @@
 
     python -m benchmarks.threshold
     python -m benchmarks.threshold --sizes 1000000 100000000 1000000000
+    python -m benchmarks.threshold --sizes resnet50 --only selections
 
 Random normal weights of variance 2 / fan-in: the kernels of ResNet-20 (1.1 million weights) and
 ResNet-50 (25.5 million), or 16 equal kernels for a size given as a number.
@@ -12,6 +13,12 @@ such passes. The others work on the concatenated magnitudes: `top_k` with k the 
 kept, `sort bits` sorts them as integers, `torch.sort` runs if PyTorch is installed. They are left
 out above 100 million weights. `passes` is the rounds of the search, of which each reads the weights
 once. Up to 100 million weights, the threshold is compared with NumPy's before it is timed.
+
+The library's other selections follow: `layer_thresholds` at one sparsity, `budget_thresholds` with
+costs a weight between 49 and 50,176, by magnitude and (`per cost`) by magnitude over cost,
+`global_threshold` in blocks of 4 and within a bound (no layer above (1 + sparsity) / 2), and
+`n_m_thresholds` for 2:4. A second table has the CPU seconds that each takes to trace and compile,
+the least of three.
 
 All methods take turns, so that the ratios are of one run; the slow ones take fewer of them. The
 spread is the distance between the quartiles. Takes about five minutes on two cores and appends to
@@ -31,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import feather_jax as feather
 from benchmarks.common import append_result, print_table
 from feather_jax.rank import ranks
 from feather_jax.search import order_statistics
@@ -115,11 +123,61 @@ def passes(leaves: Leaves, sparsity: jax.Array) -> jax.Array:
     return order_statistics(rows, rank.floor, jnp.float32)[1]
 
 
+def selections(leaves: Leaves) -> dict[str, Callable[[Leaves, jax.Array], Any]]:
+    """The library's selections, functions of the leaves and a sparsity."""
+    cost = [49.0 * 4 ** (i % 6) for i in range(len(leaves))]
+    budget = partial(feather.budget_thresholds, cost=cost, prunable=True)
+    blocks = feather.block_magnitude((4, 1))
+    return {
+        "global_threshold": partial(feather.global_threshold, prunable=True),
+        "layer_thresholds": partial(feather.layer_thresholds, prunable=True),
+        "budget_thresholds": budget,
+        "budget_thresholds per cost": partial(budget, exponent=1.0),
+        "global_threshold in blocks": partial(
+            feather.global_threshold, magnitude=blocks, prunable=True
+        ),
+    }
+
+
+def other_selections(leaves: Leaves, sparsities: list[float]) -> Methods:
+    """The selections but the global one, as functions of nothing."""
+    timed: Methods = {}
+    for name, select in selections(leaves).items():
+        compiled = jax.jit(select)
+        for s in sparsities if name != "global_threshold" else ():
+            timed[name, s] = partial(compiled, leaves, jnp.float32(s))
+    for s in sparsities:
+        bound = partial(feather.global_threshold, max_sparsity=(1 + s) / 2, prunable=True)
+        timed["global_threshold bounded", s] = partial(jax.jit(bound), leaves, jnp.float32(s))
+    pattern = jax.jit(partial(feather.n_m_thresholds, n=2, m=4, prunable=True))
+    patterned = [leaf for leaf in leaves if leaf.shape[-2] % 4 == 0]
+    timed["n_m_thresholds 2:4", None] = partial(pattern, patterned)
+    return timed
+
+
+def compilation(leaves: Leaves) -> list[dict[str, Any]]:
+    """The CPU seconds that each selection takes to trace and compile."""
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    sparsity = jax.ShapeDtypeStruct((), jnp.float32)
+    seconds: dict[str, float] = {}
+    for _ in range(3):
+        for name, select in selections(leaves).items():
+            jax.clear_caches()
+            start = time.process_time()
+            jax.jit(select).lower(shapes, sparsity).compile()
+            seconds[name] = min(seconds.get(name, math.inf), time.process_time() - start)
+    ours = seconds["global_threshold"]
+    return [
+        {"leaves": len(leaves), "method": name, "compile_s": each, "over_global": each / ours}
+        for name, each in seconds.items()
+    ]
+
+
 def magnitudes(leaves: Leaves) -> jax.Array:
     return jnp.concatenate([jnp.abs(leaf).ravel() for leaf in leaves])
 
 
-def methods(leaves: Leaves, sparsities: list[float]) -> Methods:
+def methods(leaves: Leaves, sparsities: list[float], *, only_selections: bool) -> Methods:
     """What is timed: functions of nothing by name and, where it matters, sparsity."""
     size = sum(leaf.size for leaf in leaves)
     timed: Methods = {
@@ -128,7 +186,8 @@ def methods(leaves: Leaves, sparsities: list[float]) -> Methods:
     }
     for s in sparsities:
         timed["global_threshold", s] = partial(threshold, leaves, jnp.float32(s))
-    if size > SORTED_UP_TO:
+    timed |= other_selections(leaves, sparsities)
+    if size > SORTED_UP_TO or only_selections:
         return timed
 
     sort = jax.jit(lambda leaves: jnp.sort(magnitudes(leaves)))
@@ -175,10 +234,12 @@ def measure(timed: Methods) -> dict[tuple[str, float | None], list[float]]:
     return seconds
 
 
-def summarize(leaves: Leaves, sparsities: list[float]) -> list[dict[str, Any]]:
+def summarize(
+    leaves: Leaves, sparsities: list[float], *, only_selections: bool
+) -> list[dict[str, Any]]:
     if sum(leaf.size for leaf in leaves) <= SORTED_UP_TO:
         check(leaves, sparsities)
-    seconds = measure(methods(leaves, sparsities))
+    seconds = measure(methods(leaves, sparsities, only_selections=only_selections))
     medians = {key: statistics.median(runs) for key, runs in seconds.items()}
     sort = medians.get(("jnp.sort", None))
     results = []
@@ -208,11 +269,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=list(MODELS), metavar="MODEL|WEIGHTS")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.9, 0.99])
+    parser.add_argument("--only", choices=["selections"], help="leave out what others do")
     args = parser.parse_args()
-    results = []
+    results, compiled = [], []
     for size in args.sizes:
-        results += summarize(kernels(size), args.sparsities)
-    append_result("threshold", {"results": results})
+        leaves = kernels(size)
+        results += summarize(leaves, args.sparsities, only_selections=args.only is not None)
+        compiled += compilation(leaves)
+    append_result("threshold", {"results": results, "compilation": compiled})
 
     headers = ["weights", "method", "sparsity", "median ms", "spread ms", "min ms", "passes"]
     rows = [
@@ -230,6 +294,13 @@ def main() -> None:
         for r in results
     ]
     print_table([*headers, "/ one pass", "jnp.sort / it"], rows)
+    print_table(
+        ["leaves", "method", "compile s", "/ global_threshold"],
+        [
+            [r["leaves"], r["method"], f"{r['compile_s']:.2f}", f"{r['over_global']:.2f}"]
+            for r in compiled
+        ],
+    )
 
 
 if __name__ == "__main__":

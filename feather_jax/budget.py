@@ -188,7 +188,7 @@ def _select(
         values = jnp.where(values > 0, values, 0)  # what the backend flushes
         nothing = ~jnp.any(required[0] > 0) | (state.last[0] == 0)
         largest = lax.bitcast_convert_type(state.largest, static.dtype)
-        invalid = required[1] | jnp.any(jnp.isnan(largest))
+        invalid = required[1] | jnp.isnan(largest)
         return jnp.where(invalid, jnp.nan, jnp.where(nothing, 0, values))
 
     return on_any_mesh(select, arrays, required)

@@ -49,10 +49,9 @@ class Market(NamedTuple):
         costs = self.costs[:, 0] + (self.costs[:, 1].astype(object) << 16)
         return int((costs * self.available).sum())
 
-    def saved(self, counts: UInt32[Array, "rows k"]) -> Wide:
-        """The cost of `counts` weights of each row."""
-        costs = self.costs.reshape(-1, *[1] * (counts.ndim - 1), 2)
-        return carry(product(counts, jnp.asarray(costs), LIMBS).sum(axis=0, dtype=jnp.uint32))
+    def saved(self, counts: UInt32[Array, "rows k"]) -> list[Array]:
+        """The cost of `counts` weights of each row, as limbs to be summed up."""
+        return product(counts, jnp.asarray(self.costs)[:, None], LIMBS)
 
     def magnitudes(self, scores: UInt[Array, "rows k"]) -> UInt[Array, "rows k"]:
         """The largest magnitudes that scores include, in bits."""
@@ -88,7 +87,7 @@ class State(NamedTuple):
     below: Wide  # what scores below first save, (1, limbs)
     last: UInt[Array, " 1"]
     upto: Wide  # what scores up to last save, (1, limbs)
-    largest: UInt[Array, " rows"]  # of all magnitudes
+    largest: UInt[Array, ""]  # of all magnitudes
     own: Bracket | None  # of each row, of the last weight that it may lose
     full: Bool[Array, " rows"]  # the rows that lose all that they may, which are searched for it
     scores: UInt[Array, " k"]  # the candidates of the round to come,
@@ -157,11 +156,14 @@ def _narrowed(state: State, found: Survey, market: Market) -> State:
         own = narrowed(own, found, found.upto <= last_one)
         counts = jnp.where(full[:, None], caps, jnp.minimum(counts, caps))
         above = jnp.where(counts >= caps, none, above)
-    saved = market.saved(counts)
+    each = jnp.broadcast_to(found.largest[:, None], above.shape)
+    sums, (higher,), (lower, highest, largest) = _over_rows(
+        market.saved(counts),
+        [market.scores(above)],
+        [market.scores(found.below), market.scores(each), each],
+    )
+    saved = carry(sums)
     enough = at_least(saved, market.required)
-    higher = jnp.min(market.scores(above), axis=0)
-    lower = jnp.max(market.scores(found.below), axis=0)
-    largest = jnp.max(market.scores(found.largest[:, None]))
     if market.caps is not None:
         full |= jnp.any((counts >= caps) & ~enough, axis=1)
     short = jnp.sum(~enough)  # how many candidates are too low, the first ones
@@ -169,13 +171,29 @@ def _narrowed(state: State, found: Survey, market: Market) -> State:
     return state._replace(
         first=jnp.maximum(state.first, jnp.max(jnp.where(enough, 0, higher))),
         below=jnp.where(short > 0, saved[jnp.maximum(short, 1) - 1], state.below),
-        last=jnp.minimum(jnp.minimum(state.last, largest), jnp.min(jnp.where(enough, lower, none))),
+        last=jnp.minimum(
+            jnp.minimum(state.last, highest[0]), jnp.min(jnp.where(enough, lower, none))
+        ),
         upto=jnp.where(short < k, saved[jnp.minimum(short, k - 1)], state.upto),
-        largest=found.largest,
+        largest=largest[0],
         own=own,
         full=full,
         rounds=state.rounds + 1,
     )
+
+
+def _over_rows(
+    sums: list[Array], least: list[Array], most: list[Array]
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """Sums, least and largest of arrays over their rows, in the one kernel that XLA makes of it."""
+    none = least[0].dtype.type(np.iinfo(least[0].dtype).max) if least else None
+
+    def combine(x, y):
+        parts = zip((lax.add, lax.min, lax.max), x, y, strict=True)
+        return tuple([merge(a, b) for a, b in zip(p, q, strict=True)] for merge, p, q in parts)
+
+    start = ([np.uint32(0)] * len(sums), [none] * len(least), [each.dtype.type(0) for each in most])
+    return lax.reduce((sums, least, most), start, combine, (0,))
 
 
 def _proposed(state: State, market: Market, bits: np.dtype) -> State:
@@ -188,7 +206,7 @@ def _proposed(state: State, market: Market, bits: np.dtype) -> State:
     candidates = market.magnitudes(jnp.broadcast_to(scores, state.candidates.shape))
     # Where a weight is NaN there is nothing to search for.
     infinity = np.array(np.inf, f"f{bits.itemsize}").view(bits)
-    decided = (state.first >= state.last) | jnp.any(state.largest > infinity)
+    decided = (state.first >= state.last) | (state.largest > infinity)
     if market.caps is not None and state.own is not None:
         rank = jnp.asarray(np.maximum(market.caps, 1) - 1)
         own = next_candidates(state.own, rank, market.sizes, state.rounds)
@@ -215,7 +233,6 @@ def row_thresholds(state: State, market: Market, rows: np.ndarray) -> UInt[Array
     before, between, at = (state.counts[rows, i] for i in range(3))
     lowest, middle, highest = (state.candidates[rows, i] for i in range(3))
     costs = market.costs[rows]
-    market = market._replace(costs=costs)
     if market.caps is not None:
         caps, full = market.caps[rows], state.full[rows]
         before = jnp.where(full, caps, jnp.minimum(before, caps))
@@ -224,11 +241,20 @@ def row_thresholds(state: State, market: Market, rows: np.ndarray) -> UInt[Array
         between = jnp.where(full | (between > caps), before, between)
         highest = jnp.where(at > caps, middle, highest)
         at = jnp.where(full | (at > caps), between, at)
-    products = product(jnp.stack([between - before, at - before]), jnp.asarray(costs), LIMBS)
-    some, all_ = products
-    so_far = jnp.cumsum(all_, axis=0, dtype=jnp.uint32) + market.saved(before)
+    some, all_ = (product(counts - before, jnp.asarray(costs), LIMBS) for counts in (between, at))
+    # What all rows save before, and each row with those that come first.
+    first_rows = np.tri(len(rows), dtype=bool).T
+    so_far, _, _ = _over_rows(
+        [
+            jnp.where(first_rows, more[:, None], 0) + first[:, None]
+            for more, first in zip(all_, product(before, jnp.asarray(costs), LIMBS), strict=True)
+        ],
+        [],
+        [],
+    )
     enough = at_least(carry(so_far), market.required)
-    some_enough = at_least(carry(so_far - all_ + some), market.required)
+    some_less = [x - y + z for x, y, z in zip(so_far, all_, some, strict=True)]
+    some_enough = at_least(carry(some_less), market.required)
     first = jnp.argmax(enough)
     row = np.arange(len(rows))
     last_one = jnp.where(some_enough, middle, highest)

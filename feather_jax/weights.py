@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -60,9 +61,17 @@ class Weights(NamedTuple):
         """A pytree like the parameters of the leaves' thresholds, 0 for what is not prunable."""
         leaves, structure = jax.tree.flatten(self.params)
         values = [jnp.zeros((), self.dtype)] * len(leaves)
-        for i, place in enumerate(self.places):
-            values[place] = thresholds[i]
+        for place, threshold in zip(self.places, _scalars(thresholds), strict=True):
+            values[place] = threshold
         return jax.tree.unflatten(structure, values)
+
+
+def _scalars(vector: Float[Array, " n"]) -> list[Float[Array, ""]]:
+    """The elements of a vector, by one reduction: XLA compiles a kernel for each of n slices."""
+    n = len(vector)
+    alone = [jnp.where(np.arange(n) == i, vector, 0) for i in range(n)]
+    zeros = [np.zeros((), vector.dtype)] * n
+    return lax.reduce(alone, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,))
 
 
 def collect(

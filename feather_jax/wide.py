@@ -24,18 +24,19 @@ def wide(numbers: Sequence[int], limbs: int = LIMBS) -> np.ndarray:
     return np.array(rows, np.uint32)
 
 
-def carry(sums: UInt32[Array, "*shape limbs"]) -> Wide:
-    """Sums of limbs as limbs below 2**16; what exceeds the last one is lost."""
-    limbs, over = [], jnp.zeros_like(sums[..., 0])
-    for i in range(sums.shape[-1]):
-        whole = sums[..., i] + over
-        limbs.append(whole & _MASK)
-        over = whole >> _BITS
+def carry(sums: Sequence[UInt32[Array, "*shape"]]) -> Wide:
+    """Sums of limbs, as limbs below 2**16; what exceeds the last one is lost."""
+    limbs, over = [], jnp.zeros_like(sums[0])
+    for limb in sums:
+        limbs.append((limb + over) & _MASK)
+        over = (limb + over) >> _BITS
     return jnp.stack(limbs, axis=-1)
 
 
-def product(a: UInt32[Array, "*shape"], b: UInt32[Array, "*shape limbs"], limbs: int) -> Array:
-    """a b for a below 2**32, to be summed up (2**12 of them at most) and carried."""
+def product(
+    a: UInt32[Array, "*shape"], b: UInt32[Array, "*shape limbs"], limbs: int
+) -> list[Array]:
+    """The limbs of a b for a below 2**32, to be summed up (2**12 of them at most) and carried."""
     factors = [a & _MASK, a >> _BITS]
     sums = [jnp.zeros(jnp.broadcast_shapes(a.shape, b.shape[:-1]), jnp.uint32)] * (limbs + 1)
     for i, factor in enumerate(factors):
@@ -44,7 +45,7 @@ def product(a: UInt32[Array, "*shape"], b: UInt32[Array, "*shape limbs"], limbs:
                 term = factor * b[..., j]
                 sums[i + j] = sums[i + j] + (term & _MASK)
                 sums[i + j + 1] = sums[i + j + 1] + (term >> _BITS)
-    return jnp.stack(sums[:limbs], axis=-1)
+    return sums[:limbs]
 
 
 def at_least(a: Wide, b: Wide) -> Bool[Array, "*shape"]:
@@ -89,4 +90,5 @@ def _shifted_up(a: Wide, shift: UInt32[Array, ""]) -> Wide:
     quotient = (upper[:-1] >> bits) | (upper[1:] << (_BITS - bits)) & _MASK
     places = jnp.arange(a.shape[-1], dtype=jnp.uint32)
     lost = jnp.where(places < words, a, jnp.where(places == words, a & ((1 << bits) - 1), 0))
-    return carry(quotient.at[0].add(jnp.any(lost != 0).astype(jnp.uint32)))
+    up = jnp.any(lost != 0).astype(jnp.uint32)
+    return carry([quotient[0] + up, *quotient[1:]])
