@@ -137,6 +137,19 @@ def test_r_starts_at_six_tenths_of_the_sparsity():
     assert summarize(sparse).sparsity == pytest.approx(0.54, abs=0.06)
 
 
+def test_where_jax_is_strict():
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), layers())
+
+    def loss(params, r):
+        sparse = asl_sparsify(params, r)["Dense_0"]["kernel"]
+        return sparse.sum(dtype=jnp.float32) + asl_loss(params, r, 0.9)
+
+    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True), jax.checking_leaks():
+        by_params, by_r = jax.grad(loss, argnums=(0, 1))(params, asl_init(params, 0.9))
+    np.testing.assert_array_equal(by_params["Dense_0"]["kernel"], 1)
+    assert by_r["Dense_0"]["kernel"] != 0
+
+
 def test_errors():
     params = layers()
     for function in (asl_init, partial(asl_loss, params)):

@@ -228,3 +228,19 @@ def test_sharded_weights_have_thresholds_sharded_alike(axis_type, spec):
         thresholds = function(params, n=2, m=4)["kernel"]
         np.testing.assert_array_equal(thresholds, group_thresholds(np.abs(w), 2, 4))
         assert thresholds.sharding.is_equivalent_to(params["kernel"].sharding, 4)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_weights_that_vary_over_a_manual_axis(sparsity):
+    mesh = jax.make_mesh((8,), ("devices",))
+    w = np.random.default_rng(6).normal(size=(64, 16)).astype(np.float32)
+    select = partial(n_m_thresholds, sparsity=sparsity, n=2, m=4)
+    here = jax.shard_map(
+        partial(select, axis_name="devices"),
+        mesh=mesh,
+        in_specs=P("devices"),
+        out_specs=P("devices"),
+    )
+    sharded = {"kernel": jax.device_put(w, NamedSharding(mesh, P("devices")))}
+    found = jax.jit(here)(sharded)["kernel"]
+    np.testing.assert_array_equal(found, select({"kernel": w})["kernel"])
