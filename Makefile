@@ -22,7 +22,7 @@ demo: $(VENV)/.train
 	$(BIN)/python -m train.main $(SMALL) --config.epochs=20.0 --config.sparsity=0.8 \
 	  --config.data.classes="('0', '1', '2', '3', '4')" --workdir $(DEMO)/five
 	for sparsity in 0.8 0.95; do \
-	  $(BIN)/python -m train.main $(SMALL) --config.epochs=30.0 --config.sparsity=$$sparsity \
+	  $(BIN)/python -m train.main $(SMALL) --config.epochs=20.0 --config.sparsity=$$sparsity \
 	    --config.init_from=$(DEMO)/five --workdir $(DEMO)/ten-$$sparsity || exit; \
 	done
 	$(BIN)/python -m train.evaluate --model $(DEMO)/ten-0.95/model.npz
