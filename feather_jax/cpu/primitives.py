@@ -61,6 +61,11 @@ def _power(eqn: Equation, x: Node, exponent: Node) -> Node:
     return elementwise("power", x, _convert(eqn, exponent), name=eqn.name)
 
 
+def _exp2(eqn: Equation, x: Node) -> Node:
+    two = Literal(np.float32(2))
+    return Node(Elementwise((Step("power", (two, 0), x.dtype),)), (x,), eqn.name)
+
+
 def _round(eqn: Equation, x: Node) -> Node:
     if eqn.params["rounding_method"] != jax.lax.RoundingMethod.TO_NEAREST_EVEN:
         raise Unsupported("which rounds halves away from zero")
@@ -238,8 +243,8 @@ _OTHER_NAME = {
 }
 
 _IDENTITIES = [
-    *("copy", "copy_p", "device_put", "optimization_barrier", "sharding_constraint"),
-    "stop_gradient",
+    *("copy", "copy_p", "device_put", "mesh_cast", "optimization_barrier", "pvary", "reshard"),
+    *("sharding_constraint", "stop_gradient"),
 ]
 
 RULES: dict[str, Rule] = {
@@ -257,6 +262,7 @@ RULES: dict[str, Rule] = {
     "convert_element_type": _convert,
     "dot_general": dot,
     "dynamic_slice": _dynamic_slice,
+    "exp2": _exp2,
     "gather": _gather,
     "integer_pow": _integer_pow,
     "pad": _pad,

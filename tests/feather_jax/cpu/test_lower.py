@@ -90,7 +90,7 @@ def test_activation(activation):
         lambda x: (jnp.argmax(x, -1), jnp.argmin(x, 0)),
         lambda x: (jnp.any(x > 1), jnp.all(x > -3, axis=0), jnp.prod(x, 1), jnp.min(x)),
         lambda x: jnp.clip(x, -0.5, 0.25),
-        lambda x: (x**3, x**-2, x**0, x**1, jnp.abs(x) ** 2.5, jnp.square(x)),
+        lambda x: (x**3, x**-2, x**0, x**1, jnp.abs(x) ** 2.5, jnp.square(x), jnp.exp2(x)),
         lambda x: (jnp.floor(x), jnp.ceil(x), jnp.round(x), jnp.sign(x), jnp.isfinite(x)),
         lambda x: (x > 0) & ~(x > 1) | (x < -1) ^ (x >= 2),
         lambda x: jnp.mean(x, 1, keepdims=True) + jnp.var(x),
