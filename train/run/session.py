@@ -137,7 +137,7 @@ def open_session(
         stack.enter_context(contextlib.closing(checkpoints))
         yield Session(
             experiment=experiment,
-            start=parallel.replicate(start, mesh),
+            start=Progress(parallel.replicate(start.state, mesh), start.kept),
             workdir=workdir,
             mesh=mesh,
             evaluate=functools.partial(evaluate, on_all_devices, data=experiment.data, mesh=mesh),
