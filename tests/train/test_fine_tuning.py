@@ -1,21 +1,22 @@
-"""Whole runs that start from other weights, and of anyone's own network."""
+"""What fine-tuning adds to the step, and whole runs of it and of anyone's own network."""
 
 import dataclasses
+import itertools
 import textwrap
 
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 
 import feather_jax as feather
 from train import config as config_lib
-from train import evaluate, export, main, program, report
+from train import evaluate, export, main, parallel, program, report
 from train.errors import UserError
-from train.experiment import build
+from train.experiment import build, initial_state
+from train.step import make_train_step
 from train.store import checkpoint, model_file
-
-pytestmark = pytest.mark.slow
 
 SMALL = {
     "data": {"name": "digits"},
@@ -25,6 +26,102 @@ SMALL = {
     "learning_rate": 0.05,
     "sparsity": 0.5,
 }
+
+
+def states_on(devices, steps, **changes):
+    """The experiment, the state before and after each of its steps, and the last one's loss."""
+    experiment = build(config_lib.parse(SMALL | changes))
+    chosen = jax.devices()[:devices]
+    mesh = jax.sharding.Mesh(np.array(chosen), (parallel.AXIS,))
+    step = make_train_step(experiment)
+    step_on_devices = jax.pmap(
+        lambda state, batch: step(state, batch, axis_name=parallel.AXIS),
+        axis_name=parallel.AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=chosen,
+    )
+    state = parallel.replicate(initial_state(experiment), mesh)
+    states = [jax.device_get(state)]
+    for batch in itertools.islice(experiment.data.train_batches(0), steps):
+        state, metrics = step_on_devices(state, parallel.shard(batch, mesh))
+        states.append(jax.device_get(state))
+    return experiment, states, float(metrics["train/loss"])
+
+
+def first_batch(experiment):
+    batch = next(experiment.data.train_batches(0))
+    return experiment.data.eval_preprocess(batch["image"]), batch["label"]
+
+
+def loss_of(logits, labels):
+    return float(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
+
+
+def assert_close(actual, expected, tolerance):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.slow
+def test_dropout_and_stochastic_depth_are_the_same_on_any_number_of_devices():
+    vit = {"name": "vit_tiny", "patch": 4, "width": 6, "depth": 2, "heads": 2}
+    rates = {"dropout": 0.3, "stochastic_depth": 0.5}
+    options = {"model": vit | rates, "compute_dtype": "float64"}
+    with jax.enable_x64(True):
+        experiment, one, loss = states_on(1, 1, **options)
+        _, many, same = states_on(4, 1, **options, accumulate_steps=2)
+        images, labels = first_batch(experiment)
+        variables = {"params": one[0].params}
+        without = loss_of(experiment.model.apply(variables, images, train=True), labels)
+    assert_close((many[1].params, same), (one[1].params, loss), 1e-10)
+    assert abs(without - loss) > 1e-4
+
+
+def test_frozen_statistics_stay_and_are_trained_with():
+    experiment, (before, after), loss = states_on(1, 1, freeze_statistics=True)
+    jax.tree.map(np.testing.assert_array_equal, after.batch_stats, before.batch_stats)
+    images, labels = first_batch(experiment)
+    logits = experiment.model.apply(before.result, images, train=False)
+    np.testing.assert_allclose(loss, loss_of(logits, labels), rtol=1e-5)
+
+
+def test_the_average_of_weights_and_statistics():
+    _, (expected, *states), _ = states_on(1, 3, average_decay=0.15)
+    expected = expected.average
+    for number, state in enumerate(states):
+        now = {"params": state.params, "batch_stats": state.batch_stats}
+        decay = min(0.15, (1 + number) / (10 + number))  # 0.1, and 0.15 from then on
+        expected = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, expected, now)
+        assert_close(state.average, expected, 1e-5)
+        assert state.result is state.average
+
+
+OWN_STATISTICS = """
+    import flax.linen as nn
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            x = nn.BatchNorm(not train, momentum=0.0)(images.reshape(len(images), -1))
+            return nn.Dense(10)(x)
+"""
+
+
+def test_statistics_of_each_device_are_averaged_where_the_network_knows_no_axis(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "own_statistics.py").write_text(textwrap.dedent(OWN_STATISTICS))
+    monkeypatch.syspath_prepend(tmp_path)
+    experiment, (_, after), _ = states_on(2, 1, model={"name": "own_statistics:Network"})
+    images, _ = first_batch(experiment)
+    halves = np.asarray(images, np.float64).reshape(2, 32, -1)
+    found = after.batch_stats["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], halves.mean((0, 1)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["var"], halves.var(1).mean(0), rtol=1e-4, atol=1e-5)
 
 
 def run(workdir, **changes):
@@ -59,6 +156,7 @@ def tuned(first, tmp_path_factory):
     return run(workdir, **changes), workdir, changes
 
 
+@pytest.mark.slow
 def test_frozen_weights_and_statistics_stay_to_the_last_bit(first, tuned):
     said, workdir, _ = tuned
     before, after = newest(first), feather.load(workdir / "model.npz")
@@ -81,6 +179,7 @@ def test_frozen_weights_and_statistics_stay_to_the_last_bit(first, tuned):
     assert np.count_nonzero(weights == 0) == int(0.5 * (weights.size - 1)) + 1
 
 
+@pytest.mark.slow
 def test_the_finalised_model_is_that_of_the_average(tuned):
     _, workdir, changes = tuned
     leaves = newest(workdir)
@@ -98,6 +197,7 @@ def test_the_finalised_model_is_that_of_the_average(tuned):
     jax.tree.map(np.testing.assert_array_equal, model.variables["params"], expected)
 
 
+@pytest.mark.slow
 def test_a_second_start_goes_on_and_ends_the_same(tuned):
     _, workdir, changes = tuned
     before = feather.load(workdir / "model.npz")
@@ -106,6 +206,7 @@ def test_a_second_start_goes_on_and_ends_the_same(tuned):
     jax.tree.map(np.testing.assert_array_equal, feather.load(workdir / "model.npz"), before)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_anothers_averages(tuned, tmp_path):
     _, workdir, _ = tuned
     run(tmp_path / "run", init_from=str(workdir), freeze=["stem.*"])
@@ -132,6 +233,7 @@ NETWORK = """
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_ones_own_network(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_network.py").write_text(textwrap.dedent(NETWORK))
     monkeypatch.syspath_prepend(tmp_path)

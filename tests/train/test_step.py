@@ -16,7 +16,6 @@ from train import config as config_lib
 from train import experiment, parallel
 from train.data import DataSet
 from train.experiment import TrainState
-from train.models.vit import ViT
 from train.optimizer import make_optimizer
 from train.step import (
     accumulate,
@@ -83,7 +82,7 @@ def noise():
     )
 
 
-def setup(prune, *, norm=True, model=None, learning_rate=0.1, **options):
+def setup(prune, *, norm=True, learning_rate=0.1, **options):
     """The step of a small network, and its first state."""
     values = {"data": {"name": "noise"}, "model": {"name": "lenet300"}, "batch_size": BATCH}
     values |= {"epochs": 1.0, "learning_rate": learning_rate, "sparsity": prune.sparsity, "seed": 1}
@@ -91,7 +90,7 @@ def setup(prune, *, norm=True, model=None, learning_rate=0.1, **options):
     schedule = optax.constant_schedule(learning_rate)
     built = dataclasses.replace(
         experiment.build(config, noise()),
-        model=model or Network(norm),
+        model=Network(norm),
         prune=prune,
         learning_rate=schedule,
         tx=make_optimizer(config, schedule, prune),
@@ -104,8 +103,6 @@ def setup(prune, *, norm=True, model=None, learning_rate=0.1, **options):
         batch_stats=jax.tree.map(lambda leaf: leaf.astype(float), variables.get("batch_stats", {})),
         opt_state=built.tx.init(params),
     )
-    if config.average_decay:
-        state = state.replace(average=jax.tree.map(jnp.array, state.result))
     return make_train_step(built), state
 
 
@@ -168,65 +165,6 @@ def test_accumulated_parts_are_the_same_on_any_number_of_devices(devices):
             train_on(number, 10, feather_for(0.9), accumulate_steps=2) for number in (1, devices)
         )
     assert_close(many, one, 1e-10)
-
-
-@pytest.mark.slow
-def test_dropout_and_stochastic_depth_are_the_same_on_any_number_of_devices():
-    with jax.enable_x64(True):
-        vit = ViT(CLASSES, 3, 6, 2, 2, dropout=0.3, stochastic_depth=0.5, dtype=jnp.float64)
-        one = train_on(1, 1, DENSE, model=vit)
-        many = train_on(4, 1, DENSE, model=vit, accumulate_steps=2)
-        _, state = setup(DENSE, model=vit)
-        batch = global_batch(0)
-        images = noise_and_scale(batch["image"], example_keys(1, state.step, batch["index"]))
-        logits = vit.apply({"params": state.params}, images, train=True)
-        without = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-    assert_close(many, one, 1e-10)
-    assert abs(without - one[1]["train/loss"]) > 1e-4
-
-
-def test_frozen_statistics_stay_and_are_trained_with():
-    step, state = setup(DENSE, freeze_statistics=True)
-    statistics = jax.tree.map(lambda leaf: leaf + 0.5, state.batch_stats)
-    state, batch = state.replace(batch_stats=statistics), global_batch(0)
-    new_state, metrics = jax.jit(step)(state, batch)
-    jax.tree.map(np.testing.assert_array_equal, new_state.batch_stats, statistics)
-    images = noise_and_scale(batch["image"], example_keys(1, state.step, batch["index"]))
-    variables = {"params": state.params, "batch_stats": statistics}
-    logits = Network().apply(variables, images, train=False)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-    np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-5)
-
-
-def test_the_average_of_weights_and_statistics():
-    step, state = setup(feather_for(0.5), average_decay=0.3)
-    expected = jax.tree.map(np.asarray, state.average)
-    for number in range(6):
-        state, _ = jax.jit(step)(state, global_batch(number))
-        now = {"params": state.params, "batch_stats": state.batch_stats}
-        decay = min(0.3, (1 + number) / (10 + number))
-        expected = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, expected, now)
-    assert_close(state.average, expected, 1e-5)
-    assert state.result is state.average
-
-
-class OwnStatistics(nn.Module):
-    """Takes no axis_name, as most people's networks do."""
-
-    @nn.compact
-    def __call__(self, images, train):
-        x = nn.BatchNorm(not train, momentum=0.0)(images.reshape(len(images), -1))
-        return nn.Dense(CLASSES)(x)
-
-
-def test_statistics_of_each_device_are_averaged_where_the_network_knows_no_axis():
-    state, _ = train_on(2, 1, DENSE, model=OwnStatistics())
-    batch = global_batch(0)
-    images = noise_and_scale(batch["image"], example_keys(1, jnp.int32(0), batch["index"]))
-    halves = np.asarray(images, np.float64).reshape(2, BATCH // 2, -1)
-    found = state.batch_stats["BatchNorm_0"]
-    np.testing.assert_allclose(found["mean"], halves.mean((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(found["var"], halves.var(1).mean(0), rtol=1e-4)
 
 
 def test_dense_twin_has_nothing_of_feather():
