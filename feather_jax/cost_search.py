@@ -215,7 +215,7 @@ def _proposed(state: State, market: Market, bits: np.dtype) -> State:
         decided &= ~jnp.any(searched)
     closing = decided[0]
     before = market.magnitudes(
-        jnp.broadcast_to(state.last - (state.last > 0), (len(market.sizes), 1))
+        jnp.broadcast_to(jnp.maximum(state.last, 1) - 1, (len(market.sizes), 1))
     )
     at = market.magnitudes(jnp.broadcast_to(state.last, (len(market.sizes), 1)))
     last_ones = jnp.concatenate([before, jnp.minimum(before + 1, at), at], axis=1)
@@ -264,6 +264,6 @@ def row_thresholds(state: State, market: Market, rows: np.ndarray) -> UInt[Array
         return chosen
     own = jax.tree.map(lambda x: x[rows], state.own)
     # The largest magnitude with as many weights up to it as may go, or where ties lie, fewer.
-    largest = jnp.where(own.first < own.last, own.first, own.first - (own.first > 0))
+    largest = jnp.where(own.first < own.last, own.first, jnp.maximum(own.first, 1) - 1)
     largest = jnp.where(own.upto == caps, own.last, largest)
     return jnp.where(caps == 0, 0, jnp.where(full, largest, chosen))

@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt, UInt32
 
+from feather_jax.magnitude import comparison_dtype
 from feather_jax.survey import Leaf, Survey, magnitude_bits, sample, survey
 
 # The candidates of a round, in standard deviations about the estimated position. More of them would
@@ -178,7 +179,7 @@ def draw(
         shares = np.full(rows, _ROW_SAMPLE)
     else:
         shares = np.ceil(wanted * portions / portions.sum()).astype(int)
-    dtype = jnp.result_type(*(leaf.values for leaf in leaves))
+    dtype = comparison_dtype(*(leaf.values for leaf in leaves))
     drawn, indices, end, row = [], [], 0, 0
     for leaf in leaves:
         here = shares[row : row + len(leaf.padding)]

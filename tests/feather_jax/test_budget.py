@@ -234,3 +234,21 @@ def test_errors_name_the_value_and_the_remedy():
         budget_thresholds(arrays, 0.5, cost=[1, 2], prunable=True)
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         budget_thresholds(arrays, 1.5, cost=1, prunable=True)
+
+
+def test_strict_promotion_and_leak_checking():
+    arrays = [a.astype(d) for a, d in zip(arrays_of(2), [np.float16, np.float32] * 2, strict=True)]
+
+    def select(arrays, sparsity):
+        return (
+            feather.global_threshold(arrays, sparsity, prunable=True),
+            feather.layer_thresholds(arrays, sparsity, final=0.9, prunable=True),
+            budget_thresholds(
+                arrays, sparsity, cost=COSTS, exponent=0.5, max_sparsity=0.9, prunable=True
+            ),
+        )
+
+    expected = jax.jit(select)(arrays, jnp.float32(0.5))
+    jax.clear_caches()
+    with jax.numpy_dtype_promotion("strict"), jax.checking_leaks(), jax.debug_nans(True):
+        assert jax.jit(select)(arrays, jnp.float32(0.5)) == expected
