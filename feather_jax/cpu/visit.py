@@ -100,6 +100,7 @@ def emit_panels(code: Code, visit: Visit, panel: int) -> ir.Function:
 
             def column(k: Value, *sums: Value) -> list[Value]:
                 entry = b.address(panels, b.scale(k, size))
+                b.prefetch(b.address(entry, AHEAD))
                 weights = [b.read(entry, F32, FLOAT * (i + 1)) for i in range(panel)]
                 source = b.address(at.x, b.read_index(entry))
                 return _multiply_add(b, visit, weights, source, sums)
