@@ -107,7 +107,7 @@ def test_the_end_says_what_is_left_of_each_layer(finished):
     assert re.search(r"^head/kernel +8x10 +80 +\d+ +[\d.]+%$", table, re.MULTILINE)
     total = f"all prunable +{summary['prunable']:,} +{summary['nonzero']:,} +90.00%"
     assert re.search(f"^{total}$", table, re.MULTILINE)
-    assert table.endswith("1 in 10.0 prunable weights is left.")
+    assert "\n1 in 10.0 prunable weights is left." in table
     right = round(summary["eval/accuracy"] * 360)
     assert last.startswith(f"{right / 360:.2%} of 360 evaluation examples right; ")
     assert last.endswith(f"everything is in {workdir}.")
