@@ -26,7 +26,8 @@ def mask_churn(before: Kept, weights: Sequence[Float[Array, "..."]]) -> tuple[fl
       before: the states then.
       weights: the prunable leaves now, pruned weights being zeros.
     """
-    changed, now = _compare(before, list(weights))
+    placed = [jax.device_put(old, leaf.sharding) for old, leaf in zip(before, weights, strict=True)]
+    changed, now = _compare(placed, list(weights))
     return int(changed) / sum(leaf.size for leaf in weights), now
 
 

@@ -241,7 +241,7 @@ def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatc
     def reading(tree):
         if isinstance(tree, dict) and isinstance(tree.get("train/loss"), jax.Array):
             events.append("read")
-        if isinstance(tree, dict) and "correct" in tree:
+        if isinstance(tree, dict) and "prediction" in tree:
             events.append("read evaluation")
         return device_get(tree)
 
