@@ -117,7 +117,8 @@ def open_session(
     config = experiment.config
     for note in experiment.data.notes:
         say(note)
-    like = beginning(experiment, abstract_state(experiment)).items()
+    shapes = jax.eval_shape(functools.partial(beginning, experiment), abstract_state(experiment))
+    like = shapes.items()
     stats, name = like["variables"]["batch_stats"], config.model["name"]
     if alone := note_on_statistics(name, experiment.model, stats, jax.device_count()):
         say(alone)
