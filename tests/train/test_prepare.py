@@ -168,7 +168,9 @@ def test_damaged_files_leave_nothing_behind(tmp_path):
     result = run("fashion_mnist", "--data_dir", tmp_path / "data", first=first)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("fashion_mnist could not be prepared (EOFError: ")
+    assert last.startswith("fashion_mnist could not be prepared (ExtractError: ")
+    assert f"Error while extracting {path}" in last
+    assert "Compressed file ended before the end-of-stream marker was reached)" in last
     assert not list((tmp_path / "data" / "fashion_mnist").iterdir())
 
 
