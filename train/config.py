@@ -211,14 +211,10 @@ def checked_plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """`plain(values)`, all of whose keys are strings.
 
     Raises:
-      UserError: a key is not, a value holds itself, or is a placeholder.
+      UserError: a key is not, or a value is a placeholder.
     """
     try:
         given = plain(values)
-    except RecursionError as error:
-        raise UserError(
-            "The configuration holds itself; give values that JSON can hold."
-        ) from error
     except TypeError as error:  # ml_collections sorts keys
         raise UserError(
             f"The configuration has keys of several types ({error}); give it names, which are "

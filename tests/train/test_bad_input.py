@@ -30,8 +30,6 @@ FILES = {
     "keys_mixed.py": HEAD + "    return {1: 2, 'seed': 3}\n",
     "key_in_data.py": HEAD + "    return {'data': {3: 4}}\n",
     "key_with_dot.py": HEAD + "    return {'a.b': 2}\n",
-    "cycle.py": HEAD + "    c = {}\n    c['c'] = c\n    return c\n",
-    "cycle_in_list.py": HEAD + "    c = []\n    c.append(c)\n    return {'data': c}\n",
     "placeholder.py": HEAD
     + "    seed = ml_collections.config_dict.required_placeholder(int)\n"
     + "    return ml_collections.ConfigDict({'seed': seed})\n",
@@ -170,8 +168,6 @@ COMMANDS = [
             ("keys_mixed.py", "keys of several types"),
             ("key_in_data.py", "config.data has the key 3"),
             ("key_with_dot.py", "a.b contains one; rename it"),
-            ("cycle.py", "holds itself"),
-            ("cycle_in_list.py", "holds itself"),
             ("placeholder.py", "required_placeholder; give a value"),
         ]
     ],
