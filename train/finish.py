@@ -7,6 +7,7 @@ import jax
 import feather_jax as feather
 from train import parallel
 from train.asl import network_params
+from train.config import Config
 from train.errors import writing
 from train.experiment import TrainState
 from train.look import curves, report
@@ -34,7 +35,11 @@ def finish(session: Session, state: TrainState) -> Record:
     variables = state.result | {"params": params}
     predictions = session.evaluate(variables)
     evaluation = predictions.figures
-    counts = feather.summarize(jax.device_get(params), prunable=experiment.prunable)
+    counts = feather.summarize(
+        jax.device_get(params),
+        prunable=experiment.prunable,
+        sparsity=_sparsity_of_one_threshold(experiment.config),
+    )
     summary: Record = {
         "steps": experiment.steps.total,
         "parameters": counts.parameters,
@@ -65,3 +70,9 @@ def finish(session: Session, state: TrainState) -> Record:
     )
     parallel.gather(0)  # who left before would take the first process down, in its writing
     return summary
+
+
+def _sparsity_of_one_threshold(config: Config) -> float | None:
+    """What one threshold for all single weights was asked for; None if something else prunes."""
+    alone = config.backbone["name"] == "global" and config.block is None
+    return config.sparsity if alone and config.sparsity else None
