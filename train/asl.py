@@ -28,7 +28,7 @@ class Asl:
       p: the exponent of the thresholding operator.
       theta: the scale of pruned weights' gradients.
       prunable: which of the network's parameters are pruned.
-      weight: of the budget's loss (see `feather_jax.asl_loss`).
+      weight: what the budget's loss is multiplied by (see `feather_jax.asl_loss`).
 
     References:
       Retsinas et al., Weight Pruning via Adaptive Sparsity Loss, 2020

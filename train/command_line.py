@@ -26,8 +26,8 @@ class Command:
       config: the experiment.
       workdir: the run's folder.
       coordinator_address: see `train.run.cluster.join`, as for the two below.
-      num_processes: of the job.
-      process_id: of this process.
+      num_processes: how many the job has.
+      process_id: which of them this one is, from 0.
     """
 
     config: Config

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     data = dict.fromkeys(run.config.data["name"] for run in runs)
     if len(data) > 1:
         program.say(f"These runs are of different data sets: {', '.join(data)}.")
-    program.say(comparison.table(comparison.points(runs)))
+    program.say(comparison.table(comparison.grouped(runs)))
     if arguments.out is not None:
         comparison.write(arguments.out, runs)
 

@@ -87,16 +87,16 @@ class Config(Checked):
       momentum: SGD's momentum, AdamW's b1.
       nesterov: Nesterov's momentum, in SGD.
       b2: AdamW's decay of the squared gradients.
-      weight_decay: on kernels alone; added to the gradient in SGD, decoupled in AdamW.
+      weight_decay: its factor, on kernels alone; added to the gradient in SGD, decoupled in AdamW.
       clip_norm: the largest global norm of the gradient; 0 for no clipping.
       warmup_epochs: how long the learning rate rises from 0.
-      label_smoothing: in [0, 1).
+      label_smoothing: the part of the target's probability that is spread over all classes.
       mixup: alpha of Mixup, 0 for none; 0.2 is usual (see `train.data.mix`).
       cutmix: alpha of CutMix, 0 for none; 1 is usual.
       accumulate_steps: an update's examples are taken in this many parts, one after the other.
       compute_dtype: "float32", "bfloat16" (weights are float32 in either), or "float64", weights
         included, where JAX_ENABLE_X64=1 is in the environment.
-      seed: of the initial weights, the order of examples and the augmentation.
+      seed: what the initial weights, the order of examples and the augmentation are drawn from.
       init_from: what training starts from: a workdir, a model file, or torchvision's or timm's
         weights in a file of PyTorch or of safetensors; "" for none.
       head: an expression that the paths of the last layer's parameters match in full: those begin
@@ -106,9 +106,9 @@ class Config(Checked):
         stays as it is: it is neither trained nor pruned.
       freeze_statistics: whether batch normalisation is trained with the running statistics that it
         starts from, which then stay.
-      average_decay: of an exponential average of the dense weights and the running statistics,
-        which is evaluated and finalised in their place; 0 for none. After k updates it is at most
-        (1 + k) / (10 + k), so that a short run forgets its start too.
+      average_decay: how much of itself an exponential average of the dense weights and the running
+        statistics keeps in an update; it is evaluated and finalised in their place; 0 for none.
+        After k updates it is at most (1 + k) / (10 + k), so that a short run forgets its start too.
       log_every_steps: how often a line of metrics is written.
       eval_every_epochs: how often the model is evaluated; it is at the end in any case.
       checkpoint_every_steps: how often the state is saved; it is at the end in any case.

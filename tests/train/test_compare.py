@@ -61,16 +61,16 @@ def sweep(tmp_path) -> list[pathlib.Path]:
 
 
 def test_runs_that_differ_in_their_seed_are_one_point(sweep):
-    points = comparison.points([read_run(workdir) for workdir in sweep])
-    found = {(point.label, point.sparsity): point for point in points}
+    groups = comparison.grouped([read_run(workdir) for workdir in sweep])
+    found = {(group.label, group.sparsity): group for group in groups}
     assert list(found) == [
         *[("dense", 0.0), ("p = 1", 0.9), ("p = 1", 0.99)],
         *[("p = 3", 0.9), ("p = 3", 0.99)],
     ]
-    assert all(len(point.runs) == 2 for point in points)
+    assert all(len(group.runs) == 2 for group in groups)
     assert found["dense", 0.0].accuracy == pytest.approx(0.95)
     assert found["p = 3", 0.9].accuracy == pytest.approx(0.9)
-    assert found["p = 1", 0.99].left == pytest.approx(0.01)
+    assert found["p = 1", 0.99].density == pytest.approx(0.01)
 
 
 def test_a_run_that_is_given_twice_counts_once(sweep, tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_where_the_comparison_cannot_be_written_out_is_named(sweep, tmp_path, ca
 
 
 def test_the_table_has_mean_and_spread(sweep):
-    found = comparison.points([read_run(workdir) for workdir in sweep])
+    found = comparison.grouped([read_run(workdir) for workdir in sweep])
     table = comparison.table(found).splitlines()
     assert " ".join(table[2].split()) == "dense 0 1 95.00% 2.00% 2 1.5 kB 1 min 30 s"
     assert " ".join(table[-1].split()) == "p = 3 0.99 100 80.00% 2.00% 2 1.5 kB 1 min 30 s"
@@ -106,7 +106,7 @@ def test_the_table_has_mean_and_spread(sweep):
 
 
 def test_the_picture_has_a_line_a_group_and_the_dense_runs_as_a_level(sweep):
-    found = comparison.points([read_run(workdir) for workdir in sweep])
+    found = comparison.grouped([read_run(workdir) for workdir in sweep])
     axes = comparison.figure(found).axes[0]
     assert axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_legend().texts] == ["dense", "p = 1", "p = 3"]
@@ -125,8 +125,8 @@ def test_models_and_data_sets_are_told_apart(tmp_path):
         read_run(write_run(tmp_path / name, 0.9, sparsity=0.9, model={"name": name}))
         for name in ("resnet8", "lenet5")
     ]
-    assert [point.label for point in comparison.points(runs)] == ["lenet5", "resnet8"]
-    assert [point.label for point in comparison.points(runs[:1])] == ["sparse"]
+    assert [group.label for group in comparison.grouped(runs)] == ["lenet5", "resnet8"]
+    assert [group.label for group in comparison.grouped(runs[:1])] == ["sparse"]
 
 
 def test_the_program_writes_a_page_markdown_and_a_picture(sweep, tmp_path, capsys):

@@ -33,8 +33,8 @@ class DataSet:
       train_preprocess: images and one PRNG key an example to augmented, normalised float32 images;
         for use inside the jitted step.
       eval_preprocess: images to normalised float32 images.
-      mean: that the preprocessing subtracts, by channel, of pixels in [0, 1].
-      std: that it divides by, likewise.
+      mean: what the preprocessing subtracts from pixels in [0, 1], by channel.
+      std: what it then divides them by, by channel.
       eval_image: an evaluation example by its number: uint8 [h, w, c].
       eval_name: what people call it: a folder's picture by its path, another by its number.
       classes: the names of the classes in the order of the labels, or ().

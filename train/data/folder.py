@@ -26,8 +26,8 @@ class Pictures:
 
     Attributes:
       folder: where the files are.
-      paths: of the files, below the folder.
-      labels: of the files.
+      paths: where each file is below the folder.
+      labels: the class of each file.
     """
 
     folder: pathlib.Path

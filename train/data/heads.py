@@ -35,9 +35,9 @@ class File(NamedTuple):
     """A file as the file system has it.
 
     Attributes:
-      path: below the folder, with slashes.
-      size: in bytes; -1 where it can't be told (a link to nothing).
-      modified: in nanoseconds.
+      path: where the file is below the folder, with slashes.
+      size: the file's, in bytes; -1 where it can't be told (a link to nothing).
+      modified: when it last changed, in nanoseconds since 1970.
     """
 
     path: str

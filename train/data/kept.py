@@ -36,9 +36,9 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
       OSError: it can't be written; nothing of it is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob("*.tmp"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-            left.unlink(missing_ok=True)
+    for unfinished in path.parent.glob("*.tmp"):  # by a process that was killed
+        if time.time() - unfinished.stat().st_mtime > _STALE_SECONDS:
+            unfinished.unlink(missing_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
         try:
             np.savez(file, **arrays)  # type: ignore[arg-type]

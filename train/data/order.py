@@ -30,11 +30,11 @@ class Order:
     (p + 1) B / P) of every global batch of B.
 
     Attributes:
-      num_examples: size of the data set.
+      num_examples: the size of the data set.
       batch_size: B, of the global batch; a multiple of process_count.
-      seed: of the shuffling; non-negative. Evaluation is not shuffled.
-      process_index: p.
-      process_count: P.
+      seed: what the shuffling is drawn from; non-negative. Evaluation is not shuffled.
+      process_index: p, the number of this process.
+      process_count: P, the number of processes.
     """
 
     num_examples: int

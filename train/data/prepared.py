@@ -91,7 +91,7 @@ class Prepared:
     """A prepared data set.
 
     Attributes:
-      name: TFDS's.
+      name: TFDS's name of it.
       directory: where its files are.
       train: the training split.
       evaluation: the evaluation split.

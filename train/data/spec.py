@@ -29,8 +29,9 @@ class Spec(Checked):
 
     Attributes:
       name: a key of `KNOWN`, "folder", or an image classification data set of TFDS's.
-      mean: per channel, of pixels in [0, 1]; "computed" for that of some training pictures.
-      std: likewise.
+      mean: what is subtracted from pixels in [0, 1], by channel; "computed" for the mean of some
+        training pictures.
+      std: what they are then divided by, by channel; "computed" for the standard deviation.
       random_resized_crop: the least area of a crop that is resized to the whole image, as a
         fraction of the image's (0.08 is usual from scratch); 0 for none.
       crop_padding: pixels of padding for a random crop of the image's size; 0 for none.

@@ -20,11 +20,11 @@ from train.store.runs import Run, differences, uses
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class Group:
     """Runs that differ in their seed alone.
 
     Attributes:
-      label: what distinguishes them from the other points, beside the sparsity: "p = 1".
+      label: what distinguishes them from the other groups, beside the sparsity: "p = 1".
       sparsity: the fraction of zeros that was asked for; 0 of dense runs.
       runs: the runs.
     """
@@ -43,12 +43,12 @@ class Point:
         return statistics.mean(self.accuracies)
 
     @property
-    def left(self) -> float:
+    def density(self) -> float:
         """The fraction of weights left, mean over the runs."""
-        return statistics.mean(run.left for run in self.runs)
+        return statistics.mean(run.density for run in self.runs)
 
 
-def points(runs: Sequence[Run]) -> list[Point]:
+def grouped(runs: Sequence[Run]) -> list[Group]:
     """The runs without their seeds: the dense ones first, then by label and sparsity.
 
     Labels are made of the fields of the configuration in which the runs differ.
@@ -62,7 +62,7 @@ def points(runs: Sequence[Run]) -> list[Point]:
         label = ", ".join(["dense", *parts] if run.dense else parts) or "sparse"
         found.setdefault((label, run.config.sparsity), []).append(run)
     ordered = sorted(found.items(), key=lambda item: (not item[1][0].dense, *item[0]))
-    return [Point(label, sparsity, tuple(alike)) for (label, sparsity), alike in ordered]
+    return [Group(label, sparsity, tuple(alike)) for (label, sparsity), alike in ordered]
 
 
 def _label(name: str, value: Any) -> str:
@@ -74,8 +74,8 @@ Cell = tuple[float | None, str]
 """What a table shows, after the number that its column is sorted by; None sorts by the text."""
 
 
-def rows(found: Sequence[Point]) -> tuple[list[str], list[list[Cell]]]:
-    """The points as a table's headings and rows."""
+def rows(groups: Sequence[Group]) -> tuple[list[str], list[list[Cell]]]:
+    """The groups as a table's headings and rows."""
     headers = [
         "runs",
         "sparsity",
@@ -87,21 +87,21 @@ def rows(found: Sequence[Point]) -> tuple[list[str], list[list[Cell]]]:
         "time",
     ]
     lines = []
-    for point in found:
-        sizes = [run.model_bytes for run in point.runs if run.model_bytes]
-        several = len(point.runs) > 1
-        spread = max(point.accuracies) - min(point.accuracies)
+    for group in groups:
+        sizes = [run.model_bytes for run in group.runs if run.model_bytes]
+        several = len(group.runs) > 1
+        spread = max(group.accuracies) - min(group.accuracies)
         size = statistics.mean(sizes) if sizes else 0.0
-        seconds = statistics.mean(run.summary["wall_seconds"] for run in point.runs)
+        seconds = statistics.mean(run.summary["wall_seconds"] for run in group.runs)
         lines.append(
             [
-                (None, point.label),
-                (point.sparsity, f"{point.sparsity:.4g}"),
-                # In the order of 1 / left, which is infinite where nothing is left.
-                (-point.left, f"{1 / point.left:.3g}" if point.left else "-"),
-                (point.accuracy, f"{point.accuracy:.2%}"),
+                (None, group.label),
+                (group.sparsity, f"{group.sparsity:.4g}"),
+                # In the order of 1 / density, which is infinite where nothing is left.
+                (-group.density, f"{1 / group.density:.3g}" if group.density else "-"),
+                (group.accuracy, f"{group.accuracy:.2%}"),
                 (spread, f"{spread:.2%}" if several else ""),
-                (len(point.runs), str(len(point.runs))),
+                (len(group.runs), str(len(group.runs))),
                 (size, page.size(size) if sizes else ""),
                 (seconds, page.duration(seconds)),
             ]
@@ -109,9 +109,9 @@ def rows(found: Sequence[Point]) -> tuple[list[str], list[list[Cell]]]:
     return headers, lines
 
 
-def table(found: Sequence[Point]) -> str:
-    """The points as a table for a terminal."""
-    headers, lines = rows(found)
+def table(groups: Sequence[Group]) -> str:
+    """The groups as a table for a terminal."""
+    headers, lines = rows(groups)
     texts = [headers, *([text for _, text in line] for line in lines)]
     first, *others = (max(map(len, column)) for column in zip(*texts, strict=True))
     heading, *body = (
@@ -123,11 +123,11 @@ def table(found: Sequence[Point]) -> str:
 
 def markdown(runs: Sequence[Run]) -> str:
     """The runs as a table in Markdown, a row for those that differ in their seed alone."""
-    return _markdown(points(runs))
+    return _markdown(grouped(runs))
 
 
-def _markdown(found: Sequence[Point]) -> str:
-    headers, lines = rows(found)
+def _markdown(groups: Sequence[Group]) -> str:
+    headers, lines = rows(groups)
     rule = ["---"] + ["--:"] * (len(headers) - 1)
     texts = [[text.replace("|", r"\|") for _, text in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *texts])
@@ -135,20 +135,20 @@ def _markdown(found: Sequence[Point]) -> str:
 
 # A label is a user's own text, in which a dollar sign begins no formula.
 @matplotlib.rc_context({"text.parse_math": False})
-def figure(found: Sequence[Point]) -> Figure:
+def figure(groups: Sequence[Group]) -> Figure:
     """Accuracy against the weights left, on a log scale; means, with bars from worst to best."""
     picture = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = picture.subplots()
     colors = (f"C{number}" for number in itertools.count())
-    for point in (point for point in found if not point.sparsity):
-        _draw_dense(axes, point, next(colors))
-    sparse = [point for point in found if point.sparsity]
-    for label in dict.fromkeys(point.label for point in sparse):
-        _draw_line(axes, [point for point in sparse if point.label == label], next(colors))
+    for group in (group for group in groups if not group.sparsity):
+        _draw_dense(axes, group, next(colors))
+    sparse = [group for group in groups if group.sparsity]
+    for label in dict.fromkeys(group.label for group in sparse):
+        _draw_line(axes, [group for group in sparse if group.label == label], next(colors))
     axes.set(xscale="log", xlabel="prunable weights left", ylabel="accuracy")
     if sparse:
-        axes.set_xticks(sorted({round(1 - point.sparsity, 12) for point in sparse}))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * left:.3g} %"))
+        axes.set_xticks(sorted({round(1 - group.sparsity, 12) for group in sparse}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * density:.3g} %"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.invert_xaxis()
@@ -156,20 +156,20 @@ def figure(found: Sequence[Point]) -> Figure:
     return picture
 
 
-def _draw_dense(axes: Axes, point: Point, color: str) -> None:
-    axes.axhline(point.accuracy, color=color, linestyle="--", label=point.label)
-    if len(point.runs) > 1:
-        axes.axhspan(min(point.accuracies), max(point.accuracies), color=color, alpha=0.15, lw=0)
+def _draw_dense(axes: Axes, group: Group, color: str) -> None:
+    axes.axhline(group.accuracy, color=color, linestyle="--", label=group.label)
+    if len(group.runs) > 1:
+        axes.axhspan(min(group.accuracies), max(group.accuracies), color=color, alpha=0.15, lw=0)
 
 
-def _draw_line(axes: Axes, line: Sequence[Point], color: str) -> None:
-    means = [point.accuracy for point in line]
-    below = [point.accuracy - min(point.accuracies) for point in line]
-    above = [max(point.accuracies) - point.accuracy for point in line]
+def _draw_line(axes: Axes, line: Sequence[Group], color: str) -> None:
+    means = [group.accuracy for group in line]
+    below = [group.accuracy - min(group.accuracies) for group in line]
+    above = [max(group.accuracies) - group.accuracy for group in line]
     axes.errorbar(
-        [point.left for point in line],
+        [group.density for group in line],
         means,
-        yerr=[below, above] if any(len(point.runs) > 1 for point in line) else None,
+        yerr=[below, above] if any(len(group.runs) > 1 for group in line) else None,
         color=color,
         marker="o",
         capsize=3,
@@ -183,21 +183,21 @@ def write(folder: pathlib.Path, runs: Sequence[Run]) -> None:
     Raises:
       StorageError: the folder cannot be written.
     """
-    found = points(runs)
-    title, description = _title(runs), _describe(found)
+    groups = grouped(runs)
+    title, description = _title(runs), _describe(groups)
     with page.style(page.SERIES):  # the page's own colours, which a file of its own has not
-        picture = page.inline_svg(figure(found), "accuracy", description)
-    headers, lines = rows(found)
+        picture = page.inline_svg(figure(groups), "accuracy", description)
+    headers, lines = rows(groups)
     text = page.render(
         "compare.html", title=title, picture=picture, headers=headers, rows=lines, runs=runs
     )
     with writing(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "compare.png", page.png(figure(found), dpi=150))
+        write_atomically(folder / "compare.png", page.png(figure(groups), dpi=150))
         write_atomically(folder / "compare.html", text)
         write_atomically(
             folder / "compare.md",
-            f"# {title}\n\n{_markdown(found)}\n\n![{description}](compare.png)\n",
+            f"# {title}\n\n{_markdown(groups)}\n\n![{description}](compare.png)\n",
         )
 
 
@@ -208,11 +208,11 @@ def _title(runs: Sequence[Run]) -> str:
     return f"{names('model')} on {names('data')}"
 
 
-def _describe(found: Sequence[Point]) -> str:
+def _describe(groups: Sequence[Group]) -> str:
     """The picture in words."""
     lines: dict[str, list[str]] = {}
-    for point in found:
-        where = f" at {point.left:.3g}" if point.sparsity else ""
-        lines.setdefault(point.label, []).append(f"{point.accuracy:.2%}{where}")
+    for group in groups:
+        where = f" at {group.density:.3g}" if group.sparsity else ""
+        lines.setdefault(group.label, []).append(f"{group.accuracy:.2%}{where}")
     texts = (f"{label}: {', '.join(values)}" for label, values in lines.items())
     return f"Accuracy against the fraction of weights left. {'; '.join(texts)}."

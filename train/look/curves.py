@@ -18,9 +18,9 @@ class Panel:
     """One picture of a run.
 
     Attributes:
-      title: of the picture.
+      title: what stands above the picture.
       lines: the records' keys, each with the name of its line, those of training first.
-      unit: of the y-axis.
+      unit: what the y-axis is labelled with.
       meaning: a sentence about what is shown.
       percent: whether values are fractions, to be shown as percent.
     """
@@ -75,7 +75,7 @@ PANELS = (
 )
 
 
-def points(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
     """The steps at which `key` was recorded, and its values."""
     found = [record for record in records if key in record]
     return [record["step"] for record in found], [record[key] for record in found]
@@ -83,13 +83,13 @@ def points(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]
 
 def draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
     """Draws one panel; one of which nothing was recorded says so."""
-    drawn = {key: label for key, label in panel.lines.items() if points(records, key)[0]}
+    drawn = {key: label for key, label in panel.lines.items() if series(records, key)[0]}
     for key, label in panel.lines.items():
         # In C0 is what training saw, noisy and often, and in C1 what counts.
         training = key.startswith("train/")
         if key in drawn:
             axes.plot(
-                *points(records, key),
+                *series(records, key),
                 label=label,
                 color="C0" if training else "C1",
                 linewidth=1 if training else 2,
@@ -108,7 +108,7 @@ def draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
 
 def draw(records: Sequence[Record], title: str) -> Figure:
     """All panels of which something was recorded."""
-    panels = [panel for panel in PANELS if any(points(records, key)[0] for key in panel.lines)]
+    panels = [panel for panel in PANELS if any(series(records, key)[0] for key in panel.lines)]
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     figure.suptitle(title)
     for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=False):

@@ -22,8 +22,8 @@ class PrunableLayer:
     """One prunable layer of the finalised network, or all of them.
 
     Attributes:
-      name: as in `stage1_block1/conv1`.
-      shape: of its kernel.
+      name: the layer's path, as in `stage1_block1/conv1`.
+      shape: its kernel's.
       weights: how many it has.
       nonzero: how many are left.
       macs: multiply-accumulates for one image.
@@ -40,7 +40,7 @@ class PrunableLayer:
     threshold: float
 
     @property
-    def left(self) -> float:
+    def density(self) -> float:
         """The fraction of the weights that is left."""
         return self.nonzero / self.weights if self.weights else 1.0
 

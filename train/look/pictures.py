@@ -28,7 +28,7 @@ def curve_pictures(records: Sequence[Record]) -> list[Picture]:
     for panel in curves.PANELS:
         ends = []
         for key, name in panel.lines.items():
-            if values := curves.points(records, key)[1]:
+            if values := curves.series(records, key)[1]:
                 ends.append(f"{name} {values[-1]:{'.2%' if panel.percent else '.3g'}}")
         if not ends:
             continue
@@ -82,16 +82,16 @@ def _near_zero(histogram: Histogram) -> float:
 
 def layer_pictures(layers: Sequence[PrunableLayer]) -> list[Picture]:
     """A bar a layer: how much of it is left, and its MACs before and after."""
-    densest = max(layers, key=lambda layer: layer.left)
-    sparsest = min(layers, key=lambda layer: layer.left)
+    densest = max(layers, key=lambda layer: layer.density)
+    sparsest = min(layers, key=lambda layer: layer.density)
     costliest = max(layers, key=lambda layer: layer.sparse_macs)
 
     def draw_left(axes: Axes, places: np.ndarray) -> None:
-        axes.barh(places, [layer.left for layer in layers], color="C1")
+        axes.barh(places, [layer.density for layer in layers], color="C1")
         for place, layer in zip(places, layers, strict=True):
             axes.annotate(
-                f"{layer.left:.1%}",
-                (layer.left, place),
+                f"{layer.density:.1%}",
+                (layer.density, place),
                 xytext=(3, 0),
                 textcoords="offset points",
                 va="center",
@@ -111,8 +111,8 @@ def layer_pictures(layers: Sequence[PrunableLayer]) -> list[Picture]:
         _layer_picture(
             layers,
             draw_left,
-            f"Most is left of {densest.name}, {densest.left:.1%}; least of {sparsest.name}, "
-            f"{sparsest.left:.2%}.",
+            f"Most is left of {densest.name}, {densest.density:.1%}; least of {sparsest.name}, "
+            f"{sparsest.density:.2%}.",
         ),
         _layer_picture(
             layers,

@@ -155,7 +155,7 @@ def _tiles(
         Tile("Accuracy", f"{run.accuracy:.2%}", tuple(notes)),
         Tile(
             "Weights left",
-            f"{total.left:.2%}",
+            f"{total.density:.2%}",
             (
                 f"{total.nonzero:,} of {total.weights:,} prunable ones",
                 f"{run.summary['parameters']:,} parameters in all",

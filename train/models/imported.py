@@ -34,8 +34,8 @@ def build(name: str, options: Mapping[str, Any], **ours: Any) -> nn.Module:
     Raises:
       UserError: there is no such thing, importing or building it fails, or it is no Linen network.
     """
-    network = _imported(name)
-    known = parameters_of(network)
+    factory = _imported(name)
+    known = parameters_of(factory)
     for option in options:
         if known is not None and option not in known:
             these = [each for each in known if each not in (*ours, "parent", "name")]
@@ -44,13 +44,13 @@ def build(name: str, options: Mapping[str, Any], **ours: Any) -> nn.Module:
             )
     given = {each: value for each, value in ours.items() if known is None or each in known}
     with as_sentence(f"{name} cannot be built"):
-        built = network(**given | {option: _hashable(value) for option, value in options.items()})
-    if not isinstance(built, nn.Module):
+        network = factory(**given | {option: _hashable(value) for option, value in options.items()})
+    if not isinstance(network, nn.Module):
         raise UserError(
-            f"config.model.name is {name!r}, which gives a {type(built).__name__}; name a subclass "
-            "of flax.linen.Module, or a function that gives one of its instances."
+            f"config.model.name is {name!r}, which gives a {type(network).__name__}; name a "
+            "subclass of flax.linen.Module, or a function that gives one of its instances."
         )
-    return built
+    return network
 
 
 def check(name: str, model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> None:

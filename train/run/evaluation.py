@@ -70,8 +70,8 @@ class CompiledEvaluation:
     """What `evaluate_compiled` found.
 
     Attributes:
-      predictions: of the compiled program.
-      images_per_second: of it, by the clock.
+      predictions: what the compiled program makes of the examples.
+      images_per_second: how many of them it takes in a second, by the clock.
       images_per_second_of_xla: the same network's by XLA on this CPU, on as many threads as that
         takes.
       batch_size: images of a call, for both.

@@ -55,22 +55,22 @@ def with_variables_of(
     names, found = feather.named_leaves(wanted), _read(source, model, say)
     if isinstance(model, ViT):
         _resize_positions(found, names, source, say)
-    left = {
+    anew = {
         name: found.pop(name, None)
         for name, leaf in names.items()
         if re.fullmatch(head, name.removeprefix("params/"))
         and (name not in found or np.shape(found[name]) != leaf.shape)
     }
-    taken = len(names) - len(left)
-    found |= {name: names[name] for name in left}
+    taken = len(names) - len(anew)
+    found |= {name: names[name] for name in anew}
     where, remedy = f"config.init_from: {source}", "choose the same config.model"
     variables = matched(found, wanted, where, remedy, cast=True)
     say(f"Took {taken} of the network's {len(names)} arrays from {source}.")
-    if left:
+    if anew:
         lines = (
             f"{name} ({'missing' if leaf is None else list(leaf.shape)} there, "
             f"{list(names[name].shape)} here)"
-            for name, leaf in left.items()
+            for name, leaf in anew.items()
         )
         say(f"The head begins anew, since it does not fit: {', '.join(lines)}.")
     variables["params"] = {**state.params, **variables["params"]}  # ASL's thresholds stay

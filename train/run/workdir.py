@@ -131,8 +131,8 @@ def open_workdir(workdir: pathlib.Path, config: Config) -> Iterator[None]:
                 workdir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(workdir))
                 write_json(workdir / "config.json", config.as_dict())
-                for left in workdir.glob("model.npz.*.tmp"):  # by a start that was killed
-                    left.unlink()
+                for unfinished in workdir.glob("model.npz.*.tmp"):  # by a start that was killed
+                    unfinished.unlink()
         seen = parallel.gather(int(_appears(workdir / "config.json")))
         if not all(seen):
             raise StorageError(

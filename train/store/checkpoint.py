@@ -197,8 +197,8 @@ def newest(directory: pathlib.Path, items: Sequence[str] = ARRAYS) -> Restored |
     steps = [int(path.name) for path in _listed(directory) if path.name.isdecimal()]
     passed_over: dict[int, str] = {}
     while True:
-        left = [step for step in steps if step not in passed_over]
-        step = parallel.gather(max(left, default=-1))[0]
+        remaining = [step for step in steps if step not in passed_over]
+        step = parallel.gather(max(remaining, default=-1))[0]
         if step < 0:
             break
         found: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None

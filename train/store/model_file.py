@@ -54,14 +54,14 @@ class Metadata(Checked, extra="allow"):
       model: as in `config.model`.
       num_classes: the number of logits.
       compute_dtype: as in `config.compute_dtype`.
-      preprocessing: of decoded images.
+      preprocessing: what is done to decoded images before the network sees them.
       data: as in `config.data`, without the mean and the deviation.
-      classes: their names in the order of the logits; [] where they have none.
+      classes: the names of the classes in the order of the logits; [] where they have none.
       batch_size: as in `config.batch_size`.
       step: the updates that it was trained for.
-      sparsity: of its prunable weights.
+      sparsity: the fraction of zeros among its prunable weights.
       evaluation: what the run's evaluation gave.
-      trained: how.
+      trained: on how many examples, on which devices, and with which JAX.
     """
 
     version: int = VERSION
@@ -115,7 +115,7 @@ class SavedModel:
 
 def save(
     path: pathlib.Path,
-    built: Experiment,
+    experiment: Experiment,
     variables: PyTree,
     counts: feather.Summary,
     evaluation: Mapping[str, float],
@@ -124,7 +124,7 @@ def save(
 
     Args:
       path: where to.
-      built: the experiment.
+      experiment: what was trained.
       variables: the finalised `params` and `batch_stats`.
       counts: of the weights of `params`.
       evaluation: what `train.evaluate.evaluate` gave for these variables.
@@ -132,7 +132,7 @@ def save(
     Raises:
       StorageError: it cannot be written.
     """
-    config, data = built.config, built.data
+    config, data = experiment.config, experiment.data
     devices = jax.devices()
     several = f"{len(devices)} x " if len(devices) > 1 else ""
     metadata = Metadata(
@@ -143,7 +143,7 @@ def save(
         data={k: v for k, v in config.data.items() if k not in ("mean", "std")},
         classes=list(data.classes),
         batch_size=config.batch_size,
-        step=built.steps.total,
+        step=experiment.steps.total,
         sparsity=counts.sparsity,
         evaluation=dict(evaluation),
         trained=Trained(

@@ -30,7 +30,7 @@ class Run:
       workdir: its folder.
       config: its configuration.
       summary: what summary.json holds.
-      records: of metrics.jsonl.
+      records: the lines of metrics.jsonl.
     """
 
     workdir: pathlib.Path
@@ -56,7 +56,7 @@ class Run:
         return f"{self.config.model['name']} on {self.config.data['name']}, {what}"
 
     @property
-    def left(self) -> float:
+    def density(self) -> float:
         """The fraction of the prunable weights that is not zero; 1 for a dense run."""
         return 1.0 if self.dense else self.summary["nonzero"] / self.summary["prunable"]
 

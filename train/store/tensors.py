@@ -159,14 +159,14 @@ def _before_1_6(file: BinaryIO) -> tuple[Any, Callable[[Storage], bytes]]:
 
 def _tensors(tree: Any) -> list[Tensor]:
     """All tensors in dicts, lists and tuples, each of which is visited once."""
-    found, left, seen = [], [tree], set()
-    while left:
-        item = left.pop()
+    found, pending, seen = [], [tree], set()
+    while pending:
+        item = pending.pop()
         if isinstance(item, Tensor):
             found.append(item)
         elif isinstance(item, dict | list | tuple) and id(item) not in seen:
             seen.add(id(item))
-            left.extend(item.values() if isinstance(item, dict) else item)
+            pending.extend(item.values() if isinstance(item, dict) else item)
     return found
 
 
