@@ -66,7 +66,7 @@ def test_counts_are_those_of_the_table(name):
     counted = count_macs(functools.partial(model.apply, train=False), variables, images)
     assert counted.total == macs
     kernels = [
-        "params/" + keystr(path, simple=True, separator="/")
+        keystr(path, simple=True, separator="/")
         for (path, _), chosen in zip(tree_leaves_with_path(variables["params"]), mask, strict=True)
         if chosen
     ]

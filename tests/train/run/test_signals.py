@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from train import main as program
 from train.main import main
-from train.run import loop
 from train.run.signals import Interrupted, Interruption
 
 DIGITS = pathlib.Path(__file__).parents[3] / "configs" / "digits.py"
@@ -58,7 +58,7 @@ def test_before_the_first_step_an_interrupt_is_a_sentence(monkeypatch, tmp_path,
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "run", interrupted)
+    monkeypatch.setattr(program, "run", interrupted)
     arguments = ["--config", str(DIGITS), "--workdir", str(tmp_path)]
     assert main(["train.main", *arguments]) == 130
     (line,) = capsys.readouterr().err.splitlines()
