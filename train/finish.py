@@ -10,13 +10,13 @@ from train.asl import network_params
 from train.config import Config
 from train.errors import writing
 from train.experiment import TrainState
+from train.files import write_json
 from train.look import curves, report
 from train.look.mistakes import thumbnails
 from train.run.session import Session
 from train.run.timing import time_one_image
 from train.store import model_file
 from train.store import predictions as predictions_file
-from train.store.files import write_json
 from train.store.metrics import Record
 from train.store.runs import Run
 

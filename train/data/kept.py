@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from train.store.files import user_cache
+from train.files import user_cache
 
 _STALE_SECONDS = 3600  # no process takes as long to write its file
 

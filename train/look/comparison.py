@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from train.config import flat
 from train.errors import writing
+from train.files import write_atomically
 from train.look import page
-from train.store.files import write_atomically
 from train.store.runs import Run, differences, uses
 
 

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from train.files import write_atomically
 from train.look import page
-from train.store.files import write_atomically
 from train.store.metrics import Record
 
 

@@ -11,6 +11,7 @@ from train.backbones import magnitude
 from train.config import flat
 from train.errors import writing
 from train.experiment import prunable_mask
+from train.files import write_atomically
 from train.look import mistakes, page, pictures
 from train.look.inspection import (
     PrunableLayer,
@@ -23,7 +24,6 @@ from train.look.inspection import (
 from train.look.mistakes import ClassRow, Mistake
 from train.run.timing import COMPILED, XLA
 from train.store import model_file, predictions
-from train.store.files import write_atomically
 from train.store.model_file import SavedModel
 from train.store.predictions import Predictions, Thumbnail
 from train.store.runs import Run

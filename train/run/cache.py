@@ -5,7 +5,7 @@ import tempfile
 
 import jax
 
-from train.store.files import user_cache
+from train.files import user_cache
 
 
 def use_compilation_cache() -> None:

@@ -17,8 +17,8 @@ from train import parallel
 from train.config import RESUMABLE, Config, flat
 from train.data.spec import COMPUTED
 from train.errors import StorageError, UserError, writing
+from train.files import write_json
 from train.store import checkpoint
-from train.store.files import write_json
 
 # Network file systems show a new file to the other hosts after a while.
 VISIBLE_SECONDS = 60

@@ -14,7 +14,7 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
 from train.errors import UserError, writing
-from train.store.files import write_atomically
+from train.files import write_atomically
 
 Record = dict[str, Any]
 

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from train.errors import StorageError, UserError
-from train.store.files import write_json
+from train.files import write_json
 from train.store.metrics import MetricsLog, read_records
 
 
