@@ -192,8 +192,9 @@ def _grid(array: Array, size: int) -> Array:
     """About `size` values, at regular distances in every dimension.
 
     Such a slice keeps the sharding, whichever dimensions are sharded, where to flatten the array
-    would gather it. Where the distance does not divide what a device has, devices exchange the
-    edges of what is left of their parts, so those dimensions come last.
+    would gather it. Where the distance does not divide what a device has, or leaves it nothing,
+    those dimensions come last, and the few values are picked by index: to that every device adds
+    what it has, where a slice would leave parts that XLA moves from device to device.
     """
     strides: dict[int, int] = {}
     for axis in sorted(range(array.ndim), key=lambda axis: array.shape[axis]):
@@ -202,7 +203,11 @@ def _grid(array: Array, size: int) -> Array:
         strides[axis] = _stride(length, length // kept)
         size = max(size * strides[axis] // length, 1)
     for axis in sorted(strides, key=lambda axis: -_power_of_two(array.shape[axis] / strides[axis])):
-        array = lax.slice_in_dim(array, 0, array.shape[axis], strides[axis], axis)
+        length, stride = array.shape[axis], strides[axis]
+        if stride > 1 and (length / stride) % jax.device_count():
+            array = jnp.take(array, np.arange(0, length, stride), axis, mode="clip")
+        else:
+            array = lax.slice_in_dim(array, 0, length, stride, axis)
     return array
 
 

@@ -122,6 +122,29 @@ def test_nothing_is_gathered_where_shardings_are_given_to_jit():
     assert communicated(threshold.lower(params).compile()) < 2e5
 
 
+def test_fewer_values_drawn_along_a_sharded_axis_than_devices():
+    # A transformer's kernels under FSDP; what is drawn of the attention's is (2, 8, 8) of the axes.
+    block = {
+        "query": ((128, 8, 16), P("x", None, None)),
+        "key": ((128, 8, 16), P("x", None, None)),
+        "value": ((128, 8, 16), P("x", None, None)),
+        "out": ((8, 16, 128), P(None, None, "x")),
+        "up": ((128, 512), P("x", None)),
+        "down": ((512, 128), P("x", None)),
+    }
+    mesh = mesh_of((8,), AxisType.Auto)
+    params, arrays = {}, []
+    for i, (name, (sizes, spec)) in enumerate([*block.items()] * 2):
+        arrays.append(weights(*sizes, seed=i))
+        kernel = jax.device_put(arrays[-1], NamedSharding(mesh, spec))
+        params[f"{name}{i}"] = {"kernel": kernel}
+    compiled = jax.jit(lambda p: prune.threshold(p, 10)).lower(params).compile()
+    assert compiled(params) == sorted_threshold(arrays, SPARSITY)
+    assert communicated(compiled) < 1e5
+    # By which XLA would move what a device has too much, warning of a "full rematerialization".
+    assert "collective-permute" not in compiled.as_text()
+
+
 def mapped(select, mesh, specs, *, check_vma=True):
     """`select` inside shard_map, its result of every device."""
 
