@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,22 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("configs") / "small.py"
     path.write_text(SMALL)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    """tiny(**changes): the `Config` of a small network on digits, one epoch of 22 steps."""
+    from train import config
+
+    values = {
+        "data": {"name": "digits"},
+        "model": {"name": "resnet8", "widths": [4, 8]},
+        "batch_size": 64,
+        "epochs": 1.0,
+        "learning_rate": 0.1,
+        "sparsity": 0.9,
+    }
+    return lambda **changes: config.parse(values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -110,22 +127,20 @@ def tiny_disk(tmp_path: pathlib.Path) -> Iterator[Callable[[int], pathlib.Path]]
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Any]
+) -> pathlib.Path:
     """The workdir of a small convolutional network on digits, whose last layer stays dense."""
-    from train import config, main
+    from train import main
 
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    values = {
-        "data": {"name": "digits", "crop_padding": 1},
-        "model": {"name": "resnet8", "widths": [4, 8]},
-        "batch_size": 64,
-        "epochs": 8.0,
-        "eval_every_epochs": 2.0,
-        "learning_rate": 0.1,
-        "sparsity": 0.9,
-        "exclude": ["head/kernel"],
-    }
-    main.run(config.parse(values), workdir, say=lambda line: None)
+    config = tiny(
+        data={"name": "digits", "crop_padding": 1},
+        epochs=8.0,
+        eval_every_epochs=2.0,
+        exclude=["head/kernel"],
+    )
+    main.run(config, workdir, say=lambda line: None)
     return workdir
 
 

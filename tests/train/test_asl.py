@@ -1,5 +1,6 @@
 """Learned thresholds in the program: their gradients, their part of the optimiser, a run."""
 
+import functools
 import json
 
 import jax
@@ -14,16 +15,19 @@ from train import main
 from train.asl import Asl
 from train.optimizer import learning_rate, make_optimizer
 
-BASE = {
-    "data": {"name": "digits"},
-    "model": {"name": "lenet300", "hidden": [16]},
-    "batch_size": 64,
-    "epochs": 2.0,
-    "learning_rate": 0.1,
-    "sparsity": 0.8,
-    "backbone": {"name": "asl", "learning_rate": 0.1},
-    "log_every_steps": 11,
-}
+
+@pytest.fixture
+def config(tiny):
+    """config(**changes): of a run with thresholds that are learned."""
+    backbone = {"name": "asl", "learning_rate": 0.1}
+    return functools.partial(
+        tiny,
+        model={"name": "lenet300", "hidden": [16]},
+        epochs=2.0,
+        sparsity=0.8,
+        backbone=backbone,
+        log_every_steps=11,
+    )
 
 
 def network():
@@ -72,12 +76,10 @@ def test_the_transformation_gives_the_gradient_of_both_losses():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_r_has_its_own_rate_no_decay_and_no_part_in_the_clipping(optimizer):
+def test_r_has_its_own_rate_no_decay_and_no_part_in_the_clipping(config, optimizer):
     prune = asl()
-    config = config_lib.parse(
-        BASE | {"clip_norm": 1e-3, "momentum": 0.0, "weight_decay": 0.1, "optimizer": optimizer}
-    )
-    tx = make_optimizer(config, learning_rate(config, config_lib.steps(config, 1437)), prune)
+    chosen = config(clip_norm=1e-3, momentum=0.0, weight_decay=0.1, optimizer=optimizer)
+    tx = make_optimizer(chosen, learning_rate(chosen, config_lib.steps(chosen, 1437)), prune)
     params = prune.with_r(network())
     threshold = prune.threshold(params, 0)
     gradient = jax.grad(task)(prune.sparsify(params, threshold))
@@ -98,8 +100,8 @@ def test_r_has_its_own_rate_no_decay_and_no_part_in_the_clipping(optimizer):
         assert 0 < np.linalg.norm(moved) < 1.001e-4
 
 
-def test_a_run_trains_r_and_leaves_a_network_without_it(tmp_path):
-    summary = main.run(config_lib.parse(BASE), tmp_path, say=lambda line: None)
+def test_a_run_trains_r_and_leaves_a_network_without_it(tmp_path, config):
+    summary = main.run(config(), tmp_path, say=lambda line: None)
     variables = feather.load(tmp_path / "model.npz")
     assert "asl" not in variables["params"]
     counts = feather.summarize(variables["params"])

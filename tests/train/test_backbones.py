@@ -12,20 +12,11 @@ from train import backbones, main
 from train import config as config_lib
 from train.errors import UserError
 
-TINY = {
-    "data": {"name": "digits"},
-    "model": {"name": "lenet300", "hidden": [24, 16]},
-    "batch_size": 64,
-    "epochs": 1.0,
-    "learning_rate": 0.1,
-    "sparsity": 0.5,
-    "log_every_steps": 11,
-}
 N_M = {"name": "n_m", "n": 2, "m": 4}
 
 
 def params():
-    """The kernels of `TINY`'s network and of a convolution, the first of which 3 divides."""
+    """The kernels of a dense layer and of a convolution, the first of which 3 divides."""
     rng = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     return {
@@ -46,34 +37,52 @@ def macs():
     return feather.count_macs(network, params(), jnp.ones((1, 8, 8, 3)), jnp.ones((1, 16)))
 
 
-def pruning(**changes):
-    config = config_lib.parse(TINY | changes)
-    steps = config_lib.steps(config, num_train=1437)
-    mask = feather.prunable_weights(params())
-    return backbones.pruning(config, steps, params(), mask, macs)
+@pytest.fixture
+def config(tiny):
+    """config(**changes): of a short run of a network of dense layers."""
+    lenet = {"name": "lenet300", "hidden": [24, 16]}
+    return functools.partial(tiny, model=lenet, sparsity=0.5, log_every_steps=11)
 
 
-def trained(workdir, **changes):
-    """The records and the finished model's parameters of a short run."""
-    main.run(config_lib.parse(TINY | changes), workdir, say=lambda line: None)
-    return feather.load(workdir / "model.npz")["params"]
+@pytest.fixture
+def pruning(config):
+    """pruning(**changes): what prunes `params` in a run of that configuration."""
+
+    def build(**changes):
+        chosen = config(**changes)
+        steps = config_lib.steps(chosen, num_train=1437)
+        mask = feather.prunable_weights(params())
+        return backbones.pruning(chosen, steps, params(), mask, macs)
+
+    return build
 
 
-def test_the_default_is_one_threshold_for_all():
+@pytest.fixture
+def trained(tmp_path, config):
+    """trained(**changes): the finished model's parameters of a short run."""
+
+    def run(**changes):
+        main.run(config(**changes), tmp_path, say=lambda line: None)
+        return feather.load(tmp_path / "model.npz")["params"]
+
+    return run
+
+
+def test_the_default_is_one_threshold_for_all(pruning):
     prune = pruning()
     assert prune.select is feather.global_threshold
     assert prune.magnitude is jnp.abs
     assert prune.threshold(params(), 100).shape == ()
 
 
-def test_uniform_is_the_sparsity_in_every_layer():
+def test_uniform_is_the_sparsity_in_every_layer(pruning):
     final = pruning(backbone={"name": "uniform"}, sparsity=0.9).finalize(params())
     for layer in final.values():
         size = layer["kernel"].size
         assert (layer["kernel"] == 0).sum() == int(0.9 * (size - 1)) + 1
 
 
-def test_erk_leaves_small_layers_denser():
+def test_erk_leaves_small_layers_denser(pruning):
     final = pruning(backbone={"name": "erk"}, sparsity=0.7).finalize(params())
     expected = feather.erdos_renyi_kernel(params(), 0.7)
     for name, layer in final.items():
@@ -82,7 +91,7 @@ def test_erk_leaves_small_layers_denser():
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0])
-def test_macs_is_a_budget_of_multiply_accumulates(exponent):
+def test_macs_is_a_budget_of_multiply_accumulates(pruning, exponent):
     prune = pruning(backbone={"name": "macs", "exponent": exponent}, sparsity=0.75)
     final = prune.finalize(params())
     left = 36 * (final["stem"]["kernel"] != 0).sum() + (final["head"]["kernel"] != 0).sum()
@@ -92,22 +101,22 @@ def test_macs_is_a_budget_of_multiply_accumulates(exponent):
     assert dense > 0.5 if exponent else dense < 0.5
 
 
-def test_a_run_with_a_budget_counts_its_own_network(tmp_path):
-    kernels = trained(tmp_path, backbone={"name": "macs"}, sparsity=0.8)
+def test_a_run_with_a_budget_counts_its_own_network(trained):
+    kernels = trained(backbone={"name": "macs"}, sparsity=0.8)
     # Every weight of this network is used once an image: a budget of weights.
     left = sum(np.count_nonzero(layer["kernel"]) for layer in kernels.values())
     assert left == int(0.2 * (64 * 24 + 24 * 16 + 16 * 10))
 
 
-def test_a_run_ends_in_an_n_m_pattern(tmp_path):
-    kernels = trained(tmp_path, backbone=N_M)
+def test_a_run_ends_in_an_n_m_pattern(trained):
+    kernels = trained(backbone=N_M)
     for layer in kernels.values():
         kept = (layer["kernel"] != 0).T.reshape(-1, 4).sum(1)
         np.testing.assert_array_equal(kept, 2)
 
 
-def test_a_run_ends_in_whole_blocks(tmp_path):
-    kernels = trained(tmp_path, block=(4, 1), sparsity=0.8)
+def test_a_run_ends_in_whole_blocks(trained):
+    kernels = trained(block=(4, 1), sparsity=0.8)
     kept = [layer["kernel"].T.reshape(-1, 4) != 0 for layer in kernels.values()]
     blocks = np.concatenate(kept)
     np.testing.assert_array_equal(blocks.all(1), blocks.any(1))
@@ -115,7 +124,7 @@ def test_a_run_ends_in_whole_blocks(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Stay dense")
-def test_blocks_and_patterns_go_together():
+def test_blocks_and_patterns_go_together(pruning):
     prune = pruning(backbone=N_M, block=(1, 2))
     assert isinstance(prune.select, functools.partial)
     head = prune.finalize(params())["head"]["kernel"].reshape(4, 4, 5, 2) != 0
@@ -139,15 +148,15 @@ def test_blocks_and_patterns_go_together():
         ({"backbone": {"name": "asl", "weight": 0}}, r"config.backbone.weight is 0"),
     ],
 )
-def test_mistakes_are_sentences(changes, message):
+def test_mistakes_are_sentences(pruning, changes, message):
     with pytest.raises(UserError, match=message):
         pruning(**changes)
 
 
 @pytest.mark.parametrize("block", [(), (0, 1), (4, "x"), 4, "4"])
-def test_blocks_that_are_none(block):
+def test_blocks_that_are_none(config, block):
     with pytest.raises(UserError, match=r"config.block is .* must be a tuple of lengths along"):
-        config_lib.parse(TINY | {"block": block})
+        config(block=block)
 
 
 def test_the_threshold_of_a_log_is_the_mean_over_prunable_weights():

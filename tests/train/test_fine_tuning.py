@@ -1,6 +1,7 @@
 """What fine-tuning adds to the step, and whole runs of it and of anyone's own network."""
 
 import dataclasses
+import functools
 import itertools
 import textwrap
 
@@ -11,42 +12,46 @@ import optax
 import pytest
 
 import feather_jax as feather
-from train import config as config_lib
 from train import evaluate, export, main, parallel, program, report
 from train.errors import UserError
 from train.experiment import build, initial_state
 from train.step import make_train_step
 from train.store import checkpoint, model_file
 
-SMALL = {
-    "data": {"name": "digits"},
-    "model": {"name": "resnet8", "widths": [4, 8]},
-    "batch_size": 64,
-    "epochs": 0.25,
-    "learning_rate": 0.05,
-    "sparsity": 0.5,
-}
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    """config(**changes): of a run of five steps."""
+    return functools.partial(tiny, epochs=0.25, learning_rate=0.05, sparsity=0.5)
 
 
-def states_on(devices, steps, **changes):
-    """The experiment, the state before and after each of its steps, and the last one's loss."""
-    experiment = build(config_lib.parse(SMALL | changes))
-    chosen = jax.devices()[:devices]
-    mesh = jax.sharding.Mesh(np.array(chosen), (parallel.AXIS,))
-    step = make_train_step(experiment)
-    step_on_devices = jax.pmap(
-        lambda state, batch: step(state, batch, axis_name=parallel.AXIS),
-        axis_name=parallel.AXIS,
-        in_axes=(None, 0),
-        out_axes=None,
-        devices=chosen,
-    )
-    state = parallel.replicate(initial_state(experiment), mesh)
-    states = [jax.device_get(state)]
-    for batch in itertools.islice(experiment.data.train_batches(0), steps):
-        state, metrics = step_on_devices(state, parallel.shard(batch, mesh))
-        states.append(jax.device_get(state))
-    return experiment, states, float(metrics["train/loss"])
+@pytest.fixture
+def states_on(config):
+    """states_on(devices, steps, **changes): the experiment, its states, and the last loss.
+
+    The states are those before and after each step.
+    """
+
+    def train(devices, steps, **changes):
+        experiment = build(config(**changes))
+        chosen = jax.devices()[:devices]
+        mesh = jax.sharding.Mesh(np.array(chosen), (parallel.AXIS,))
+        step = make_train_step(experiment)
+        step_on_devices = jax.pmap(
+            lambda state, batch: step(state, batch, axis_name=parallel.AXIS),
+            axis_name=parallel.AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+            devices=chosen,
+        )
+        state = parallel.replicate(initial_state(experiment), mesh)
+        states = [jax.device_get(state)]
+        for batch in itertools.islice(experiment.data.train_batches(0), steps):
+            state, metrics = step_on_devices(state, parallel.shard(batch, mesh))
+            states.append(jax.device_get(state))
+        return experiment, states, float(metrics["train/loss"])
+
+    return train
 
 
 def first_batch(experiment):
@@ -67,7 +72,7 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.slow
-def test_dropout_and_stochastic_depth_are_the_same_on_any_number_of_devices():
+def test_dropout_and_stochastic_depth_are_the_same_on_any_number_of_devices(states_on):
     vit = {"name": "vit_tiny", "patch": 4, "width": 6, "depth": 2, "heads": 2}
     rates = {"dropout": 0.3, "stochastic_depth": 0.5}
     options = {"model": vit | rates, "compute_dtype": "float64"}
@@ -81,7 +86,7 @@ def test_dropout_and_stochastic_depth_are_the_same_on_any_number_of_devices():
     assert abs(without - loss) > 1e-4
 
 
-def test_frozen_statistics_stay_and_are_trained_with():
+def test_frozen_statistics_stay_and_are_trained_with(states_on):
     experiment, (before, after), loss = states_on(1, 1, freeze_statistics=True)
     jax.tree.map(np.testing.assert_array_equal, after.batch_stats, before.batch_stats)
     images, labels = first_batch(experiment)
@@ -89,7 +94,7 @@ def test_frozen_statistics_stay_and_are_trained_with():
     np.testing.assert_allclose(loss, loss_of(logits, labels), rtol=1e-5)
 
 
-def test_the_average_of_weights_and_statistics():
+def test_the_average_of_weights_and_statistics(states_on):
     _, (expected, *states), _ = states_on(1, 3, average_decay=0.15)
     expected = expected.average
     for number, state in enumerate(states):
@@ -112,7 +117,7 @@ OWN_STATISTICS = """
 
 
 def test_statistics_of_each_device_are_averaged_where_the_network_knows_no_axis(
-    tmp_path, monkeypatch
+    states_on, tmp_path, monkeypatch
 ):
     (tmp_path / "own_statistics.py").write_text(textwrap.dedent(OWN_STATISTICS))
     monkeypatch.syspath_prepend(tmp_path)
@@ -124,11 +129,16 @@ def test_statistics_of_each_device_are_averaged_where_the_network_knows_no_axis(
     np.testing.assert_allclose(found["var"], halves.var(1).mean(0), rtol=1e-4, atol=1e-5)
 
 
-def run(workdir, **changes):
-    """The lines that a run says."""
-    said = []
-    main.run(config_lib.parse(SMALL | changes), workdir, said.append)
-    return said
+@pytest.fixture(scope="module")
+def run(config):
+    """run(workdir, **changes): the lines that a run says."""
+
+    def train(workdir, **changes):
+        said = []
+        main.run(config(**changes), workdir, said.append)
+        return said
+
+    return train
 
 
 def newest(workdir):
@@ -136,14 +146,14 @@ def newest(workdir):
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("first") / "run"
     run(workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
-def tuned(first, tmp_path_factory):
+def tuned(run, first, tmp_path_factory):
     """What a run said that does all that fine-tuning can, and its workdir."""
     workdir = tmp_path_factory.mktemp("tuned") / "run"
     changes = {
@@ -180,12 +190,12 @@ def test_frozen_weights_and_statistics_stay_to_the_last_bit(first, tuned):
 
 
 @pytest.mark.slow
-def test_the_finalised_model_is_that_of_the_average(tuned):
+def test_the_finalised_model_is_that_of_the_average(config, tuned):
     _, workdir, changes = tuned
     leaves = newest(workdir)
     kernel = "params/stage2_block1/conv2/kernel"
     assert np.any(leaves[f"variables/average/{kernel}"] != leaves[f"variables/{kernel}"])
-    experiment = build(config_lib.parse(SMALL | changes))
+    experiment = build(config(**changes))
     model = model_file.load(workdir / "model.npz")
     average = jax.tree_util.tree_map_with_path(
         lambda path, _: leaves[
@@ -198,7 +208,7 @@ def test_the_finalised_model_is_that_of_the_average(tuned):
 
 
 @pytest.mark.slow
-def test_a_second_start_goes_on_and_ends_the_same(tuned):
+def test_a_second_start_goes_on_and_ends_the_same(run, tuned):
     _, workdir, changes = tuned
     before = feather.load(workdir / "model.npz")
     said = run(workdir, **changes)
@@ -207,7 +217,7 @@ def test_a_second_start_goes_on_and_ends_the_same(tuned):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_anothers_averages(tuned, tmp_path):
+def test_a_run_starts_from_anothers_averages(run, tuned, tmp_path):
     _, workdir, _ = tuned
     run(tmp_path / "run", init_from=str(workdir), freeze=["stem.*"])
     started, averages = newest(tmp_path / "run"), newest(workdir)
@@ -234,7 +244,7 @@ NETWORK = """
 
 
 @pytest.mark.slow
-def test_a_run_of_ones_own_network(tmp_path, monkeypatch, capsys):
+def test_a_run_of_ones_own_network(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_network.py").write_text(textwrap.dedent(NETWORK))
     monkeypatch.syspath_prepend(tmp_path)
     spec = {"name": "my_network:Network", "width": 8}

@@ -4,7 +4,6 @@ import textwrap
 
 import pytest
 
-from train import config as config_lib
 from train import main
 
 # All weights are 1, and so they stay where the learning rate is too small to move them.
@@ -30,17 +29,10 @@ ONES = """
         pytest.param({"sparsity": 0.0}, False, marks=pytest.mark.slow),
     ],
 )
-def test_ties_that_prune_more_than_was_asked_are_named(tmp_path, monkeypatch, changes, says):
+def test_ties_that_prune_more_than_was_asked_are_named(tmp_path, tiny, monkeypatch, changes, says):
     (tmp_path / "ones.py").write_text(textwrap.dedent(ONES))
     monkeypatch.syspath_prepend(tmp_path)
-    values = {
-        "data": {"name": "digits"},
-        "model": {"name": "ones:Network"},
-        "batch_size": 64,
-        "epochs": 0.1,
-        "learning_rate": 1e-30,
-        "sparsity": 0.5,
-    }
+    values = {"model": {"name": "ones:Network"}, "epochs": 0.1, "learning_rate": 1e-30}
     said: list[str] = []
-    main.run(config_lib.parse(values | changes), tmp_path / "run", said.append)
+    main.run(tiny(**values | {"sparsity": 0.5} | changes), tmp_path / "run", said.append)
     assert ("640 prunable weights are zero where 320 were asked for" in said[-2]) == says

@@ -1,6 +1,7 @@
 """The training step: the same on any number of devices, with or without Feather."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -236,30 +237,29 @@ def test_the_gradient_is_the_one_through_the_operator():
         assert_close((new_state.params, metrics["train/loss"]), (expected, value), 1e-10)
 
 
-DIGITS = {
-    "data": {"name": "digits", "crop_padding": 1},
-    "model": {"name": "lenet300", "hidden": [16]},
-    "batch_size": 64,
-    "epochs": 1.0,
-    "learning_rate": 0.01,
-    "sparsity": 0.9,
-    "prune_end": 0.1,
-}
+@pytest.fixture
+def three_steps(tiny):
+    """three_steps(**changes): the experiment, the states before and after each step, the losses.
+
+    Of the program's own step on real digits.
+    """
+    lenet = {"name": "lenet300", "hidden": [16]}
+    config = functools.partial(tiny, model=lenet, learning_rate=0.01, prune_end=0.1)
+
+    def train(**changes):
+        built = experiment.build(config(**changes))
+        step, state = jax.jit(make_train_step(built)), experiment.initial_state(built)
+        states, losses = [state], []
+        for _, batch in zip(range(3), built.data.train_batches(0), strict=False):
+            state, metrics = step(state, batch)
+            states.append(state)
+            losses.append(float(metrics["train/loss"]))
+        return built, jax.device_get(states), losses
+
+    return train
 
 
-def three_steps(**changes):
-    """The program's own step on real digits: the states before and after each, and the losses."""
-    built = experiment.build(config_lib.parse(DIGITS | changes))
-    step, state = jax.jit(make_train_step(built)), experiment.initial_state(built)
-    states, losses = [state], []
-    for _, batch in zip(range(3), built.data.train_batches(0), strict=False):
-        state, metrics = step(state, batch)
-        states.append(state)
-        losses.append(float(metrics["train/loss"]))
-    return built, jax.device_get(states), losses
-
-
-def test_the_whole_step_in_bfloat16():
+def test_the_whole_step_in_bfloat16(three_steps):
     """Products are of bfloat16, weights stay float32, the loss is float32's to its precision."""
     built, states, losses = three_steps(compute_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype(np.float32)}
@@ -271,7 +271,7 @@ def test_the_whole_step_in_bfloat16():
     assert losses != expected
 
 
-def test_the_whole_step_with_adamw():
+def test_the_whole_step_with_adamw(three_steps):
     """Adam's first update is the learning rate in the gradient's direction, whatever its size."""
     _, states, losses = three_steps(optimizer="adamw", weight_decay=0.1, clip_norm=0.0)
     before, after = states[0].params["head"], states[1].params["head"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import config, main
+from train import main
 from train.run.churn import all_kept, mask_churn
 from train.run.signals import Interrupted, Interruption
 
@@ -37,20 +37,12 @@ def test_the_bits_take_an_eighth_of_a_byte_a_weight():
     assert [leaf.nbytes for leaf in all_kept([jnp.ones((5, 5)), jnp.ones(16)])] == [4, 2]
 
 
-def test_churn_is_the_same_after_a_restart(tmp_path, monkeypatch):
+def test_churn_is_the_same_after_a_restart(tmp_path, tiny, monkeypatch):
     """Stopped between two evaluations: what the first of them kept comes back from disk."""
-    values = {
-        "data": {"name": "digits"},
-        "model": {"name": "lenet300", "hidden": [16]},
-        "batch_size": 64,
-        "epochs": 0.5,
-        "eval_every_epochs": 3 / 22,
-        "learning_rate": 0.1,
-        "sparsity": 0.9,
-    }
+    config = tiny(model={"name": "lenet300", "hidden": [16]}, epochs=0.5, eval_every_epochs=3 / 22)
 
     def churns(workdir: pathlib.Path) -> dict[int, float]:
-        main.run(config.parse(values), workdir, say=lambda line: None)
+        main.run(config, workdir, say=lambda line: None)
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
         return {r["step"]: r["mask_churn"] for r in map(json.loads, lines) if "mask_churn" in r}
 

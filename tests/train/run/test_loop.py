@@ -1,5 +1,6 @@
 """Whole runs on real digits: what they write, in which order, and that restarts change nothing."""
 
+import functools
 import json
 import pathlib
 import re
@@ -20,22 +21,20 @@ from train.run.evaluation import evaluate
 from train.step import make_eval_step
 from train.store import checkpoint
 
-TINY = {
-    "data": {"name": "digits", "crop_padding": 1},
-    "model": {"name": "resnet8", "widths": [4, 8]},
-    "batch_size": 64,
-    "epochs": 2.0,
-    "learning_rate": 0.1,
-    "sparsity": 0.9,
-    "log_every_steps": 4,
-    "checkpoint_every_steps": 15,
-}
 STEPS = 2 * (1437 // 64)
 SAID: list[str] = []  # by the run that `finished` gives
 
 
-def config(**changes):
-    return config_lib.parse(TINY | changes)
+@pytest.fixture(scope="module")
+def config(tiny):
+    """config(**changes): of a run of two epochs with a checkpoint in each."""
+    return functools.partial(
+        tiny,
+        data={"name": "digits", "crop_padding": 1},
+        epochs=2.0,
+        log_every_steps=4,
+        checkpoint_every_steps=15,
+    )
 
 
 def records(workdir):
@@ -67,12 +66,12 @@ def crash_at(step, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+def finished(tmp_path_factory, config) -> tuple[pathlib.Path, dict]:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     return workdir, main.run(config(), workdir, say=SAID.append)
 
 
-def test_the_workdir_holds_what_the_contract_says(finished):
+def test_the_workdir_holds_what_the_contract_says(finished, config):
     workdir, summary = finished
     present = {path.name for path in workdir.iterdir()}
     assert present >= {
@@ -124,7 +123,7 @@ def test_the_curves_are_those_of_the_metrics(finished):
     assert evaluation.get_xydata().tolist() == evaluated
 
 
-def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
+def test_a_run_starts_from_the_weights_of_another(finished, tmp_path, config):
     """And only at its start: the second time the other one is not needed any more."""
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "first" / "checkpoints")
     second = config(
@@ -139,7 +138,7 @@ def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 21, 22, 23])
-def test_evaluation_prunes_as_the_last_step_did(step):
+def test_evaluation_prunes_as_the_last_step_did(step, config):
     """By the sparsity of the update before, of the weights as they are after it."""
     built = experiment.build(config())
     state = experiment.initial_state(built).replace(step=np.int32(step))
@@ -184,7 +183,7 @@ def test_accuracy_is_a_multiple_of_one_in_360(finished):
             assert right == pytest.approx(round(right), abs=1e-9)
 
 
-def test_a_second_start_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
+def test_a_second_start_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, config):
     """Stopped after the checkpoint at step 15 and started again: as if never stopped."""
     built = experiment.build(config())
 
@@ -203,13 +202,13 @@ def test_a_second_start_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch
     assert {key for key in different if not key.endswith("_seconds")} == set()
 
 
-def test_the_dense_twin_keeps_every_weight(tmp_path):
+def test_the_dense_twin_keeps_every_weight(tmp_path, config):
     summary = main.run(config(sparsity=0.0, epochs=0.2), tmp_path / "run", say=lambda line: None)
     assert summary["nonzero"] == summary["prunable"]
     assert all("threshold" not in record for record in records(tmp_path / "run"))
 
 
-def test_nothing_is_transferred_unasked(tmp_path, monkeypatch):
+def test_nothing_is_transferred_unasked(tmp_path, monkeypatch, config):
     """The whole loop, evaluation and checkpoints included, under a transfer guard."""
     unguarded = loop.train
 
@@ -221,7 +220,7 @@ def test_nothing_is_transferred_unasked(tmp_path, monkeypatch):
     main.run(config(), tmp_path / "run", say=lambda line: None)
 
 
-def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatch):
+def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatch, config):
     """At most two steps in flight: dispatch 1, dispatch 2, read 1, dispatch 3, read 2, ...
 
     At an evaluation none is left over from training, and its own steps go likewise.
@@ -258,7 +257,7 @@ def test_a_step_is_dispatched_before_the_one_before_is_read(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("batch_size", [8, 64, 400, 1432])
-def test_evaluation_covers_every_example_once(batch_size):
+def test_evaluation_covers_every_example_once(batch_size, config):
     """Whatever the batch: 360 examples, and the same number right, counted without batches."""
     built = experiment.build(config(batch_size=batch_size))
     mesh = parallel.device_mesh()
@@ -281,7 +280,7 @@ def test_evaluation_covers_every_example_once(batch_size):
     assert result.figures["eval/accuracy"] * 360 == pytest.approx(right, abs=1e-9)
 
 
-def test_excluded_parameters_stay_dense(tmp_path):
+def test_excluded_parameters_stay_dense(tmp_path, config):
     """The head and the stem keep every weight, and the others make up the sparsity."""
     excluding = config(exclude=["head/kernel", "stem/.*"], epochs=0.2, sparsity=0.5)
     built = experiment.build(excluding)
@@ -294,12 +293,12 @@ def test_excluded_parameters_stay_dense(tmp_path):
     assert pruned.prunable < feather.summarize(params).prunable
 
 
-def test_an_exclusion_that_matches_nothing_is_an_error():
+def test_an_exclusion_that_matches_nothing_is_an_error(config):
     with pytest.raises(UserError, match=r"'Dense_0/kernel', which.* ones are head/kernel"):
         experiment.build(config(exclude=["Dense_0/kernel"]))
 
 
-def test_a_batch_that_devices_cannot_share_is_an_error(tmp_path):
+def test_a_batch_that_devices_cannot_share_is_an_error(tmp_path, config):
     with pytest.raises(UserError, match=r"batch_size is 60.*multiple of 8"):
         main.run(config(batch_size=60), tmp_path / "run")
     assert not (tmp_path / "run").exists()

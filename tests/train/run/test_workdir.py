@@ -2,35 +2,21 @@
 
 import pytest
 
-from train import config as config_lib
 from train import parallel
 from train.errors import StorageError, UserError
 from train.run.workdir import check_same_run, open_workdir
 
-CONFIG = {
-    "data": {"name": "digits"},
-    "model": {"name": "resnet8", "widths": [4, 8]},
-    "batch_size": 64,
-    "epochs": 2.0,
-    "learning_rate": 0.1,
-    "sparsity": 0.9,
-}
 
-
-def config(**changes):
-    return config_lib.parse(CONFIG | changes)
-
-
-def opened(workdir):
-    with open_workdir(workdir, config()):
+def opened(workdir, config):
+    with open_workdir(workdir, config):
         return {path.name for path in workdir.iterdir()}
 
 
-def test_another_start_may_change_intervals_alone(tmp_path):
-    opened(tmp_path)
-    check_same_run(config(log_every_steps=7, eval_every_epochs=0.5, keep_checkpoints=9), tmp_path)
+def test_another_start_may_change_intervals_alone(tmp_path, tiny):
+    opened(tmp_path, tiny())
+    check_same_run(tiny(log_every_steps=7, eval_every_epochs=0.5, keep_checkpoints=9), tmp_path)
     with pytest.raises(UserError, match=r"differs in seed \(was 0, is 1\); give"):
-        check_same_run(config(seed=1), tmp_path)
+        check_same_run(tiny(seed=1), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -38,30 +24,30 @@ def test_another_start_may_change_intervals_alone(tmp_path):
     [
         ({"model": {"name": "resnet8", "widths": [4, 16]}}, r"model.widths \(was \[4, 8\], is \["),
         ({"model": {"name": "resnet8"}}, r"model.widths \(was \[4, 8\], is None\)"),
-        ({"data": {**CONFIG["data"], "flip": True}}, r"data.flip \(was None, is True\)"),
+        ({"data": {"name": "digits", "flip": True}}, r"data.flip \(was None, is True\)"),
     ],
 )
-def test_a_field_of_a_mapping_is_named_alone(tmp_path, changes, says):
-    opened(tmp_path)
+def test_a_field_of_a_mapping_is_named_alone(tmp_path, tiny, changes, says):
+    opened(tmp_path, tiny())
     with pytest.raises(UserError, match=rf"which differs in {says}"):
-        check_same_run(config(**changes), tmp_path)
+        check_same_run(tiny(**changes), tmp_path)
 
 
-def test_what_a_kill_left_of_a_model_file_is_removed(tmp_path):
+def test_what_a_kill_left_of_a_model_file_is_removed(tmp_path, tiny):
     (tmp_path / "model.npz.01234567.tmp").write_bytes(b"half")
     (tmp_path / "model.npz").write_bytes(b"whole")
-    assert opened(tmp_path) == {".lock", "config.json", "model.npz"}
+    assert opened(tmp_path, tiny()) == {".lock", "config.json", "model.npz"}
 
 
-def test_all_processes_have_one_configuration(tmp_path, monkeypatch):
+def test_all_processes_have_one_configuration(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(parallel, "gather", lambda value: [value, value, value ^ 1])
     with pytest.raises(UserError, match="Process 2 was started with another configuration"):
-        opened(tmp_path / "run")
+        opened(tmp_path / "run", tiny())
     assert not (tmp_path / "run").exists()
 
 
-def test_all_processes_see_the_folder(tmp_path, monkeypatch):
+def test_all_processes_see_the_folder(tmp_path, tiny, monkeypatch):
     answers = [[5, 5], [1, 0]]
     monkeypatch.setattr(parallel, "gather", lambda value: answers.pop(0))
     with pytest.raises(StorageError, match="Process 1 does not see what process 0 writes"):
-        opened(tmp_path)
+        opened(tmp_path, tiny())
