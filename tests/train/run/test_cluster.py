@@ -17,7 +17,7 @@ def test_on_a_plain_machine_it_is_alone_and_says_so():
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_a_launcher_of_one_task_is_no_cluster(monkeypatch, name):
     monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(cluster, "_initialize", lambda **given: pytest.fail("joined"))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: pytest.fail("joined"))
     assert "no cluster detected" in cluster.join(None, None, None)
 
 

@@ -165,8 +165,15 @@ def test_compressed_storages_are_refused(path):
         tensors.read(path)
 
 
-def test_a_list_that_holds_itself_ends():
-    assert tensors._tensors(torch_pickle.load(io.BytesIO(b"\x80\x02]q\x00h\x00a."))) == []
+def test_a_list_that_holds_itself_is_passed_over(path):
+    """In a file of PyTorch before 1.6, whose tensors say how large its storages are."""
+    before = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    state = state_dict(a=tensor(), loop=b"]q\x00h\x00a")
+    content = [*(pickle.dumps(each, 2) for each in before), state, pickle.dumps(["0"], 2)]
+    path.write_bytes(b"".join(content) + (6).to_bytes(8, "little") + SIX.tobytes())
+    found = tensors.read(path)
+    assert list(found) == ["a"]
+    np.testing.assert_array_equal(found["a"], SIX.reshape(2, 3))
 
 
 def test_wrappings_of_a_state_dict(path):
