@@ -117,14 +117,15 @@ def test_a_worker_outlives_signals_to_all_and_not_its_parent(small_imagenet, tmp
 
 
 IMPATIENT = """
-import itertools, time
+import itertools, os, time
 from train import data
 
 def main():
     batches = data.load({spec!r}, batch_size=4, seed=0).train_batches(0)
     taken = list(itertools.islice(batches, 2))
     batches.close()
-    print(taken[1]["label"])
+    assert taken[1]["label"].size == 4
+    print(os.getpid())
 
 if __name__ == "__main__":
     main()
@@ -146,7 +147,7 @@ def test_what_workers_made_ahead_is_freed(small_imagenet, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "leaked" not in done.stderr
     assert "Error" not in done.stderr
-    assert not list(pathlib.Path("/dev/shm").glob("feather_*"))
+    assert not list(pathlib.Path("/dev/shm").glob(f"feather_{int(done.stdout)}_*"))
 
 
 def test_batches_are_as_the_contract_has_them(small_imagenet):
