@@ -206,7 +206,7 @@ def prepared_imagenet(imagenet_archives, tmp_path_factory):
 @pytest.mark.slow
 @needs_tensorflow
 def test_imagenet_comes_from_its_archives(prepared_imagenet, jpeg_photographs):
-    prepared = open_prepared("imagenet2012", str(prepared_imagenet))
+    prepared = open_prepared("imagenet2012", str(prepared_imagenet), data.KNOWN["imagenet2012"])
     assert len(prepared.classes) == 1000
     train = prepared.train.read(range(22))
     assert sorted(record["image"] for record in train) == sorted(jpeg_photographs[:22])
