@@ -37,7 +37,8 @@ def global_threshold(
     bit-identical to sorting, but nothing is sorted except a small sample, and no large leaf copied.
 
     Weights may be sharded along any axes, on meshes of any kind. What devices tell each other is
-    the sample and the counts, some 0.1 MB.
+    the sample and the counts: 0.1 MB, and up to half a megabyte for hundreds of megabytes of
+    weights.
 
     Args:
       params: a pytree of arrays of any shapes and floating-point dtypes.
