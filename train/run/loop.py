@@ -92,16 +92,16 @@ def save(session: Session, progress: Progress, *, must: bool) -> None:
     checkpoints, say = session.checkpoints, session.journal.say
     must_each = jax.process_count() > 1
     try:
-        if must:
-            checkpoints.make_room_for(session.journal.sync)
-        else:
-            session.journal.sync()
         try:
-            checkpoints.wait()
+            checkpoints.wait()  # what is being written takes room, and gives it back if it fails
         except StorageError as error:
             if must_each:
                 raise
             say(f"{error} The present state is tried in its place.")
+        if must:
+            checkpoints.make_room_for(session.journal.sync)
+        else:
+            session.journal.sync()
         write = checkpoints.save_now if must else checkpoints.save
         write(progress.items(), {"wall_seconds": session.wall_seconds()})
     except StorageError as error:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from train.errors import StorageError, UserError
+from train.errors import StorageError, UserError, writing
 from train.experiment import TrainState
 from train.run import loop
 from train.run.session import Progress
@@ -361,6 +361,31 @@ def test_that_the_save_before_failed_does_not_cost_the_last_one(tiny_disk):
     assert "step 1 could not be written" in line
     assert line.endswith("The present state is tried in its place.")
     checkpoints.close()
+
+
+def test_what_is_still_being_saved_costs_no_older_checkpoint(tiny_disk):
+    """It has the last room, which is free again when it has ended; the metrics come after it."""
+    folder = saved(tiny_disk(4_000_000) / "checkpoints", 1, 2)
+    being_written = folder.parent / "being_written"
+
+    class StillSaving(Checkpoints):
+        def wait(self):
+            being_written.unlink(missing_ok=True)
+            super().wait()
+
+    def sync():
+        with writing(folder.parent):
+            (folder.parent / "metrics.jsonl").write_bytes(bytes(8192))
+
+    checkpoints = StillSaving(folder, 10)
+    fill(being_written)
+    journal = types.SimpleNamespace(sync=sync, say=print)
+    session = types.SimpleNamespace(
+        checkpoints=checkpoints, journal=journal, wall_seconds=lambda: 0.0
+    )
+    loop.save(session, Progress(state_at(3), []), must=True)
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
