@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 import feather_jax as feather
 from train import config as config_lib
 from train import export, main, program
+from train.data import folder
 from train.errors import UserError
 from train.store import predictions as predictions_lib
 
@@ -95,6 +96,23 @@ def test_a_second_start_goes_on_with_what_the_first_found_out(finished, pictures
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(more / "four" / "1.png")
     run(more, workdir)
     assert json.loads((workdir / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+def test_a_run_does_not_go_on_with_other_pictures(finished, pictures, tmp_path, use):
+    more, workdir = tmp_path / "more", tmp_path / "run"
+    shutil.copytree(pictures, more)
+    shutil.copytree(finished, workdir)
+    config = json.loads((finished / "config.json").read_text())
+    config["data"]["path"] = str(more)
+    (workdir / "config.json").write_text(json.dumps(config))
+    names = (f"one/{i}x.png" for i in range(1000))
+    added = next(n for n in names if (folder.evaluation_rank(n) < 0.3) == (use == "evaluation"))
+    shutil.copy(next((more / "one").iterdir()), more / added)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"holds a run with \d+ {use} examples, and the data set"):
+        run(more, workdir)
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
 def test_another_order_of_classes_is_another_configuration(finished, pictures):

@@ -58,3 +58,8 @@ class DataSet:
     classes: tuple[str, ...] = ()
     found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a run that goes on must find again, since the order of its batches hangs on it."""
+        return {"training": self.num_train, "evaluation": self.num_eval}

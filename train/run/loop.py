@@ -103,7 +103,8 @@ def save(session: Session, progress: Progress, *, must: bool) -> None:
         else:
             session.journal.sync()
         write = checkpoints.save_now if must else checkpoints.save
-        write(progress.items(), {"wall_seconds": session.wall_seconds()})
+        info = {"wall_seconds": session.wall_seconds(), "examples": session.experiment.data.sizes}
+        write(progress.items(), info)
     except StorageError as error:
         if must or must_each:
             raise

@@ -25,6 +25,7 @@ from train.run.journal import Journal
 from train.run.signals import Interruption
 from train.run.workdir import (
     check_room,
+    check_same_examples,
     check_same_run,
     check_unfinished,
     clear_damage,
@@ -158,11 +159,13 @@ def left_or_new(
     """Where the run goes on: from its newest checkpoint, which comes along, or from the beginning.
 
     Raises:
-      UserError: no checkpoint is whole, or there is nothing at `config.init_from`.
+      UserError: no checkpoint is whole, the data set has other examples than it had, or there is
+        nothing at `config.init_from`.
     """
     restored = checkpoint.restore(workdir / "checkpoints", like)
     if restored is not None:
         items, found = restored
+        check_same_examples(found.info.get("examples"), experiment.data.sizes, workdir)
         progress = Progress.of(items)
         say(f"Going on after step {progress.state.step} of {experiment.steps.total}.")
         return progress, found

@@ -78,6 +78,28 @@ def check_same_run(config: Config, workdir: pathlib.Path) -> None:
         )
 
 
+def check_same_examples(
+    were: Mapping[str, int] | None, are: Mapping[str, int], workdir: pathlib.Path
+) -> None:
+    """Sees to it that a run goes on with as many examples as it began with.
+
+    Args:
+      were: how many its checkpoint says, by their use; None if it is of a version that did not say.
+      are: how many there are.
+      workdir: the run's folder.
+
+    Raises:
+      UserError: they are not as many.
+    """
+    for use, number in (were or {}).items():
+        if number != are[use]:
+            raise UserError(
+                f"{workdir} holds a run with {number:,} {use} examples, and the data set has "
+                f"{are[use]:,} now; bring it back as it was to go on, or give a new --workdir, "
+                f"with --config.init_from={workdir} to start from its weights."
+            )
+
+
 def check_unfinished(workdir: pathlib.Path) -> None:
     """Sees to it that a run that begins anew overwrites no results.
 

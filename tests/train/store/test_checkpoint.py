@@ -342,6 +342,16 @@ def test_what_would_not_fit_removes_nothing(tiny_disk):
     assert sorted(path.name for path in folder.iterdir() if path.name.isdecimal()) == ["1", "2"]
 
 
+def session(checkpoints: Checkpoints, sync, say) -> types.SimpleNamespace:
+    """What `loop.save` takes of a `Session`."""
+    return types.SimpleNamespace(
+        checkpoints=checkpoints,
+        journal=types.SimpleNamespace(sync=sync, say=say),
+        wall_seconds=lambda: 0.0,
+        experiment=types.SimpleNamespace(data=types.SimpleNamespace(sizes={})),
+    )
+
+
 def test_that_the_save_before_failed_does_not_cost_the_last_one(tiny_disk):
     """There is room again when the run is stopped: its state is saved, and the failure told."""
     folder = tiny_disk(4_000_000) / "checkpoints"
@@ -351,11 +361,7 @@ def test_that_the_save_before_failed_does_not_cost_the_last_one(tiny_disk):
     time.sleep(0.5)  # so that it fails
     (folder.parent / "filler").unlink()
     said = []
-    journal = types.SimpleNamespace(sync=lambda: None, say=said.append)
-    session = types.SimpleNamespace(
-        checkpoints=checkpoints, journal=journal, wall_seconds=lambda: 0.0
-    )
-    loop.save(session, Progress(state_at(2), []), must=True)
+    loop.save(session(checkpoints, lambda: None, said.append), Progress(state_at(2), []), must=True)
     assert_same(restored(folder)[0], 2)
     (line,) = said
     assert "step 1 could not be written" in line
@@ -379,11 +385,7 @@ def test_what_is_still_being_saved_costs_no_older_checkpoint(tiny_disk):
 
     checkpoints = StillSaving(folder, 10)
     fill(being_written)
-    journal = types.SimpleNamespace(sync=sync, say=print)
-    session = types.SimpleNamespace(
-        checkpoints=checkpoints, journal=journal, wall_seconds=lambda: 0.0
-    )
-    loop.save(session, Progress(state_at(3), []), must=True)
+    loop.save(session(checkpoints, sync, print), Progress(state_at(3), []), must=True)
     checkpoints.close()
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
 
