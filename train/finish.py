@@ -53,13 +53,14 @@ def finish(session: Session, state: TrainState) -> Record:
         path = workdir / "model.npz"
         write = functools.partial(model_file.save, path, experiment, variables, counts, evaluation)
         session.checkpoints.make_room_for(write)
-        summary |= time_one_image(model_file.load(path, allow_import=True))
+        model = model_file.load(path, allow_import=True)
+        summary |= time_one_image(model)
         run = Run(workdir, experiment.config, summary, session.journal.records)
         with writing(workdir):
             shown = thumbnails(experiment.data, predictions)
             predictions_file.save(workdir / "predictions.npz", predictions, shown)
         dense = jax.device_get(network_params(state.result["params"]))
-        report.write(run, dense, allow_import=True)
+        report.write(run, model, dense)
         with writing(workdir):
             curves.save(workdir / "curves.png", run.records, run.title)
             write_json(workdir / "summary.json", summary)

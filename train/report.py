@@ -14,6 +14,7 @@ from train.errors import UserError
 from train.look import report
 from train.store import checkpoint, model_file
 from train.store.leaves import matched
+from train.store.model_file import SavedModel
 from train.store.runs import Run, differences, read_run
 
 
@@ -29,8 +30,8 @@ def main(argv: Sequence[str]) -> None:
     twin = None if arguments.dense is None else read_run(arguments.dense)
     if twin is not None:
         _check_twin(run, twin)
-    allowed = arguments.allow_import
-    report.write(run, trained_params(run, allow_import=allowed), twin, allow_import=allowed)
+    model = model_file.load(run.workdir / "model.npz", allow_import=arguments.allow_import)
+    report.write(run, model, trained_params(run, model), twin)
     program.say(run.workdir / "report.html")
 
 
@@ -45,7 +46,7 @@ def _check_twin(run: Run, twin: Run) -> None:
         )
 
 
-def trained_params(run: Run, *, allow_import: bool = False) -> PyTree:
+def trained_params(run: Run, model: SavedModel) -> PyTree:
     """The dense weights that a run's model was made of, from its newest checkpoint.
 
     Raises:
@@ -69,7 +70,6 @@ def trained_params(run: Run, *, allow_import: bool = False) -> PyTree:
         for name, leaf in found.leaves.items()
         if name.startswith(f"variables/{kind}") and not name.startswith(f"variables/{kind}{asl.R}/")
     }
-    model = model_file.load(run.workdir / "model.npz", allow_import=allow_import)
     like = {"params": model.variables["params"]}
     where = f"The newest checkpoint in {folder} is not that of model.npz: it"
     return matched(params, like, where, "bring back the run's own")["params"]

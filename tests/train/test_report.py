@@ -82,9 +82,10 @@ def test_those_who_see_no_pictures_are_told(text):
 
 def test_the_layer_table_has_the_models_own_counts(finished_run, text):
     rows = [row for row in Page(text).cells if len(row) == 8]
-    params = feather.load(finished_run / "model.npz")["params"]
-    kernel = params["stage2_block1"]["conv2"]["kernel"]
-    trained = report.trained_params(read_run(finished_run))["stage2_block1"]["conv2"]["kernel"]
+    model = model_file.load(finished_run / "model.npz")
+    kernel = model.variables["params"]["stage2_block1"]["conv2"]["kernel"]
+    trained = report.trained_params(read_run(finished_run), model)
+    trained = trained["stage2_block1"]["conv2"]["kernel"]
     (row,) = (row for row in rows if row[0] == "stage2_block1/conv2")
     left = np.count_nonzero(kernel)
     # At stride 2, 4 x 4 positions of 3 x 3 x 8 x 8 products, each weight used once at each.
@@ -140,8 +141,8 @@ def with_config(folder: pathlib.Path, **values: object) -> pathlib.Path:
 
 def test_a_dense_run_is_next_to_nothing(finished_run, tmp_path):
     run = read_run(with_config(shutil.copytree(finished_run, tmp_path / "r"), sparsity=0.0))
-    params = feather.load(finished_run / "model.npz")["params"]
-    page_of.write(run, params)
+    model = model_file.load(finished_run / "model.npz")
+    page_of.write(run, model, model.variables["params"])
     text = (run.workdir / "report.html").read_text()
     assert "<h1>resnet8 on digits, dense</h1>" in text
     assert "times less" not in text
@@ -151,7 +152,8 @@ def test_a_dense_run_is_next_to_nothing(finished_run, tmp_path):
 
 def test_a_run_that_started_from_another_says_so(finished_run, tmp_path):
     folder = with_config(shutil.copytree(finished_run, tmp_path / "r"), init_from="runs/<first>")
-    page_of.write(read_run(folder), feather.load(finished_run / "model.npz")["params"])
+    model = model_file.load(finished_run / "model.npz")
+    page_of.write(read_run(folder), model, model.variables["params"])
     text = (folder / "report.html").read_text()
     assert "Trained from runs/&lt;first&gt; for 8 epochs" in text
     assert "from scratch" not in text
@@ -258,19 +260,11 @@ def test_a_damaged_newest_checkpoint_is_one_sentence(finished_run, tmp_path, cap
     assert (run / "report.html").read_bytes() == before
 
 
-def test_another_models_checkpoint_is_one_sentence(finished_run, tmp_path, capsys):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    variables = feather.load(run / "model.npz")
-    metadata = feather.load_metadata(run / "model.npz") | {"model": {"name": "resnet8"}}
-    variables["params"]["stem"]["kernel"] = np.zeros((3, 3, 1, 5), np.float32)
-    feather.save(run / "model.npz", variables, metadata)
-    saved = model_file.SavedModel(run / "model.npz", None, variables, metadata)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_file, "load", lambda path, allow_import: saved)
-        with pytest.raises(
-            UserError, match=r"stem/kernel as .*, and the model as float32\[3, 3, 1, 5"
-        ):
-            report.trained_params(read_run(run))
+def test_another_models_checkpoint_is_one_sentence(finished_run):
+    model = model_file.load(finished_run / "model.npz")
+    model.variables["params"]["stem"]["kernel"] = np.zeros((3, 3, 1, 5), np.float32)
+    with pytest.raises(UserError, match=r"stem/kernel as .*, and the model as float32\[3, 3, 1, 5"):
+        report.trained_params(read_run(finished_run), model)
 
 
 def test_a_missing_checkpoint_is_one_sentence(finished_run, tmp_path, capsys):

@@ -23,7 +23,7 @@ from train.look.inspection import (
 )
 from train.look.mistakes import ClassRow, Mistake
 from train.run.timing import COMPILED, XLA
-from train.store import model_file, predictions
+from train.store import predictions
 from train.store.model_file import SavedModel
 from train.store.predictions import Predictions, Thumbnail
 from train.store.runs import Run
@@ -44,22 +44,18 @@ class Tile:
     notes: tuple[str, ...]
 
 
-def write(
-    run: Run, dense_params: PyTree, twin: Run | None = None, *, allow_import: bool = False
-) -> None:
+def write(run: Run, model: SavedModel, dense_params: PyTree, twin: Run | None = None) -> None:
     """Writes `report.html` into the folder of a finished run.
 
     Args:
       run: the run.
+      model: its model file.
       dense_params: the trained weights, before they were finalised.
       twin: the run of the same configuration without pruning, for its accuracy.
-      allow_import: whether a network of the user's own is imported.
 
     Raises:
-      UserError: the run's model file is damaged or not there.
       StorageError: the page cannot be written.
     """
-    model = model_file.load(run.workdir / "model.npz", allow_import=allow_import)
     params = model.variables["params"]
     prunable, macs = prunable_mask(params, run.config), macs_of(model)
     thresholds = thresholds_of(dense_params, params, magnitude(run.config))
