@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from feather_jax import cpu
 from train import data as data_lib
@@ -19,7 +18,7 @@ from train import parallel
 from train.data import DataSet
 from train.data.spec import FOLDER, facts
 from train.errors import UserError
-from train.models.calling import call_arguments
+from train.run.timing import compile_by_xla
 from train.step import make_eval_step, outcomes
 from train.store.model_file import SavedModel
 from train.store.predictions import Predictions
@@ -89,35 +88,24 @@ def evaluate_compiled(model: SavedModel, data: DataSet, threads: int) -> Compile
     Raises:
       UserError: the network has something in it that is not compiled.
     """
-
-    def logits(variables: PyTree, images: Array) -> Array:
-        return jnp.asarray(
-            model.network.apply(
-                variables,
-                data.eval_preprocess(images),
-                **call_arguments(model.network, train=False),
-            )
-        )
-
     batches = list(data.eval_batches())
     images = batches[0]["image"]
     try:
-        compiled = cpu.compile(functools.partial(logits, model.variables), images, threads=threads)
+        logits = functools.partial(model.logits, model.variables)
+        compiled = cpu.compile(logits, images, threads=threads)
     except (NotImplementedError, ValueError) as error:
         raise UserError(f"{model.path} cannot be compiled: {error}") from error
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        variables = jax.device_put(model.variables)
-        by_xla = jax.jit(logits).lower(variables, images).compile()
-        find = jax.jit(outcomes)
-        found, times = [], {"ours": 0.0, "xla": 0.0}
-        for batch in batches:
-            start = time.perf_counter()
-            result = compiled(batch["image"])
-            middle = time.perf_counter()
-            jax.block_until_ready(by_xla(variables, batch["image"]))
-            times["ours"] += middle - start
-            times["xla"] += time.perf_counter() - middle
-            found.append(jax.device_get(find(result, batch)))
+    by_xla = compile_by_xla(model, images)
+    find = jax.jit(outcomes)
+    found, times = [], {"ours": 0.0, "xla": 0.0}
+    for batch in batches:
+        start = time.perf_counter()
+        result = compiled(batch["image"])
+        middle = time.perf_counter()
+        by_xla(batch["image"])
+        times["ours"] += middle - start
+        times["xla"] += time.perf_counter() - middle
+        found.append(jax.device_get(find(result, batch)))
     taken = len(batches) * len(images)
     return CompiledEvaluation(
         _predictions(found), taken / times["ours"], taken / times["xla"], len(images)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from feather_jax import cpu
 from train.store.model_file import SavedModel
@@ -33,16 +34,23 @@ def time_one_image(model: SavedModel, seconds: float = 0.8) -> dict[str, float]:
         compiled = cpu.compile(functools.partial(model.logits, model.variables), image)
     except NotImplementedError:
         return {}
+    by_xla = compile_by_xla(model, image)
+    calls = {COMPILED: lambda: compiled(image), XLA: lambda: by_xla(image)}
+    return in_turn(calls, seconds)
+
+
+def compile_by_xla(
+    model: SavedModel, images: UInt8[np.ndarray, "b h w c"]
+) -> Callable[[UInt8[np.ndarray, "b h w c"]], Float[Array, "b k"]]:
+    """The network on images of this shape, by XLA on the CPU, whatever JAX else computes on.
+
+    Returns:
+      From images to logits, which are there when it returns.
+    """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         variables = jax.device_put(model.variables)
-        by_xla = jax.jit(model.logits).lower(variables, image).compile()
-    return in_turn(
-        {
-            COMPILED: functools.partial(compiled, image),
-            XLA: lambda: jax.block_until_ready(by_xla(variables, image)),
-        },
-        seconds,
-    )
+        compiled = jax.jit(model.logits).lower(variables, images).compile()
+    return lambda images: jax.block_until_ready(compiled(variables, images))
 
 
 def in_turn(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:

@@ -37,6 +37,16 @@ def test_both_are_measured(finished_run):
     assert all(0 < seconds < 1 for seconds in found.values())
 
 
+def test_xla_takes_the_cpu_wherever_else_jax_computes(finished_run):
+    model = model_file.load(finished_run / "model.npz")
+    images = np.random.default_rng(0).integers(0, 256, (3, *model.image_shape), np.uint8)
+    with jax.default_device(jax.devices()[5]):
+        logits = timing.compile_by_xla(model, images)(images)
+        expected = model.logits(model.variables, images)
+    assert logits.devices() == {jax.local_devices(backend="cpu")[0]}
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_network_that_cannot_be_compiled_has_no_time(finished_run, monkeypatch):
     class Sorting(nn.Module):
         @nn.compact
