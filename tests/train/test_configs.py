@@ -23,7 +23,8 @@ CIFAR = [
     for model in ("resnet20", "mobilenet", "densenet40")
     for data in ("cifar10", "cifar100")
 ]
-EXPERIMENTS = [*(path.stem for path in FILES if path.stem != "cifar"), *CIFAR]
+BACKBONES = [f"fashion_mnist_resnet:{backbone}" for backbone in ("macs", "n_m")]
+EXPERIMENTS = [*(path.stem for path in FILES if path.stem != "cifar"), *CIFAR, *BACKBONES]
 
 
 def load(experiment):
