@@ -1,6 +1,7 @@
 """Feather with one set of hyperparameters: what a training script holds on to."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
-from feather_jax.masks import Mask
+from feather_jax.masks import Mask, no_prunable_weight, resolve_mask
 from feather_jax.operator import check_exponent, sparsify
 from feather_jax.schedule import as_step, check_step, check_theta, cubic_schedule, default_theta
 from feather_jax.selection import global_threshold
@@ -182,7 +183,13 @@ class Feather:
           The order inside a step is that of Feather's released code (Glentis Georgoulakis et al.,
           BMVC 2023, https://arxiv.org/abs/2310.02448).
         """
-        return wrap(self, optimizer, dense_dtype=dense_dtype, axis_name=axis_name)
+        return wrap(
+            optimizer,
+            scaling=self.scale_gradients(),
+            select=functools.partial(self.threshold, axis_name=axis_name),
+            sparsify=self.sparsify,
+            dense_dtype=dense_dtype,
+        )
 
     def finalize(self, params: PyTree, *, axis_name: AxisName | None = None) -> PyTree:
         """The sparse weights at the end of training: exact zeros at the final sparsity.
@@ -196,6 +203,8 @@ class Feather:
     def _select(
         self, params: PyTree, sparsity: ScalarLike, axis_name: AxisName | None
     ) -> PyTree[Float[Array, "..."]]:
+        if not any(jax.tree.leaves(resolve_mask(params, self.prunable))):
+            raise no_prunable_weight(params)
         return self.select(
             params,
             sparsity,

@@ -1,19 +1,16 @@
 """Feather around an optimiser: the one line, after which `params` are the sparse weights."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Array, Float, Int32, PyTree, ScalarLike
 
-from feather_jax.masks import is_trainable, no_prunable_weight, resolve_mask
-
-if TYPE_CHECKING:
-    from feather_jax.feather import Feather
+from feather_jax.masks import is_trainable
 
 
 class WrapState(NamedTuple):
@@ -36,13 +33,22 @@ class WrapState(NamedTuple):
 
 
 def wrap(
-    prune: "Feather",
     optimizer: optax.GradientTransformation,
     *,
-    dense_dtype: DTypeLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    scaling: optax.GradientTransformationExtraArgs,
+    select: Callable[[PyTree, ScalarLike], PyTree],
+    sparsify: Callable[[PyTree, PyTree], PyTree],
+    dense_dtype: DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optimizer` on dense weights, for parameters that are sparse (see `Feather.wrap`)."""
+    """`optimizer` on dense weights, for parameters that are sparse (see `Feather.wrap`).
+
+    Args:
+      optimizer: what trains the dense weights.
+      scaling: what gradients go through first, as `scale_pruned_gradients`.
+      select: from dense weights and a step to the threshold.
+      sparsify: from dense weights and a threshold to the sparse weights.
+      dense_dtype: of the dense weights; None for that of the parameters.
+    """
     if isinstance(optimizer, optax.MultiSteps):
         raise ValueError(_MULTI_STEPS)
     if dense_dtype is not None and not is_trainable(jax.ShapeDtypeStruct((), dense_dtype)):
@@ -51,7 +57,6 @@ def wrap(
             f"{jnp.dtype(dense_dtype).name}."
         )
     inner = optax.with_extra_args_support(optimizer)
-    scaling = prune.scale_gradients()
 
     def init(params: PyTree) -> WrapState:
         if isinstance(params, optax.LookaheadParams):
@@ -63,12 +68,8 @@ def wrap(
         inner_state = inner.init(dense)
         if _holds_multi_steps(inner_state):
             raise ValueError(_MULTI_STEPS)
-        threshold = jnp.zeros(())
         # There is no leaf in the placeholder with which optax.tree.map_params calls this.
-        if prune.sparsity and jax.tree.leaves(dense):
-            if not any(jax.tree.leaves(resolve_mask(dense, prune.prunable))):
-                raise no_prunable_weight(dense)
-            threshold = prune.threshold(dense, 0, axis_name=axis_name)
+        threshold = select(dense, 0) if jax.tree.leaves(dense) else jnp.zeros(())
         return WrapState(jnp.zeros((), jnp.int32), dense, threshold, inner_state)
 
     def update(
@@ -90,8 +91,8 @@ def wrap(
         )
         dense = _moved(state.dense, updates)
         step = optax.safe_increment(state.step)
-        threshold = prune.threshold(dense, step, axis_name=axis_name)
-        sparse = prune.sparsify(dense, threshold)
+        threshold = select(dense, step)
+        sparse = sparsify(dense, threshold)
         differences = _map_present(_difference, updates, sparse, params)
         return differences, WrapState(step, dense, threshold, inner_state)
 
@@ -101,7 +102,7 @@ def wrap(
             return argument
 
         def function(dense: PyTree, *args: Any, **kwargs: Any) -> Any:
-            sparse = prune.sparsify(dense, state.threshold)
+            sparse = sparsify(dense, state.threshold)
             return argument(jax.tree.map(_cast_like, sparse, params), *args, **kwargs)
 
         return function
