@@ -30,6 +30,12 @@ def test_medians_of_cpu_time_taken_in_turn():
     assert order[:6] == ["a", "b"] * 3
 
 
+def test_a_median_of_many_is_not_made_of_more():
+    calls = []
+    timing.in_turn({"a": lambda: calls.append(0)}, seconds=3600)
+    assert len(calls) == 1 + timing.MOST_TURNS
+
+
 def test_both_are_measured(finished_run):
     model = model_file.load(finished_run / "model.npz")
     found = timing.time_one_image(model, seconds=0.05)
