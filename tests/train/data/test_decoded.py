@@ -12,7 +12,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from train import data
-from train.data import decoded
 from train.errors import UserError
 
 SPEC = {"name": "cifar10", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
@@ -65,7 +64,7 @@ def entry(cache):
 
 def break_decoding(monkeypatch):
     """From here on, arrays can come from the cache alone."""
-    monkeypatch.setattr(decoded, "_decode", None)
+    monkeypatch.setattr(cv2, "imdecode", None)
 
 
 def test_a_data_set_is_read_whole_then_from_the_cache(cifar10, cache, monkeypatch):

@@ -104,13 +104,14 @@ def test_exif_orientation_is_ignored(format):
     ],
     ids=str,
 )
-def test_leaving_out_the_rows_below_changes_nothing(options, monkeypatch):
+def test_leaving_out_the_rows_below_changes_nothing(options):
     """Every last row, whether or not it is the last of a block."""
     content = encoded(smooth(), **options)
-    boxes = [Box(top, 5, 20, 100) for top in range(HEIGHT - 19)]
-    quick = [crop(content, box, fast=True) for box in boxes]
-    monkeypatch.setattr(photographs, "_height_position", lambda encoded: None)
-    np.testing.assert_array_equal(quick, [crop(content, box, fast=True) for box in boxes])
+    whole = simplejpeg.decode_jpeg(content, fastdct=True, fastupsample=True)
+    for top in range(HEIGHT - 19):
+        part = cv2.resize(whole[top : top + 20, 5:105], (48, 48), interpolation=cv2.INTER_LINEAR)
+        quick = crop(content, Box(top, 5, 20, 100), fast=True)
+        np.testing.assert_array_equal(quick, part)
 
 
 def test_rows_below_are_left_out_where_that_is_possible():
