@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import llvmlite.ir as ir
 import numpy as np
 
-from feather_jax.cpu.emit import I64, Builder, Value, i64
+from feather_jax.cpu.emit import F32, I64, Builder, Value, i64
 from feather_jax.cpu.expressions import convert, element, emit_steps
-from feather_jax.cpu.functions import constant, resized
+from feather_jax.cpu.functions import F64, constant, resized
 from feather_jax.cpu.graph import FLOAT32, Node, Pool, Reduce, Shape, Step
 from feather_jax.cpu.views import (
     Place,
@@ -51,10 +51,13 @@ def neutral(kind: str, dtype: np.dtype) -> float | int:
     return int(limits.min if kind == "max" else limits.max)
 
 
-def _combine(b: Builder, kind: str, x: Value, y: Value, dtype: np.dtype) -> Value:
+def _combine(b: Builder, kind: str, total: Value, own: Value, dtype: np.dtype) -> Value:
+    """A total and one more element, or two totals."""
+    if _in_float64(kind, dtype):
+        return b.fadd(total, b.fpext(own, total.type))
     if dtype == np.bool_:
         kind = {"max": "or", "min": "and", "sum": "or", "prod": "and"}.get(kind, kind)
-    return emit_steps(b, (Step(_FUNCTIONS[kind], (0, 1), dtype),), [x, y], [dtype] * 2)
+    return emit_steps(b, (Step(_FUNCTIONS[kind], (0, 1), dtype),), [total, own], [dtype] * 2)
 
 
 def reduce(operation: Reduce, x: Node, result: Node) -> tuple[int, Emit]:
@@ -119,8 +122,19 @@ def _element(b: Builder, sources: Place, inner: View, indices: Sequence[Value]) 
 
 
 def _start(kind: str, dtype: np.dtype, lanes: int) -> ir.Constant:
-    own = element(dtype)
+    own = F64 if _in_float64(kind, dtype) else element(dtype)
     return constant(ir.VectorType(own, lanes) if lanes else own, neutral(kind, dtype))
+
+
+def _in_float64(kind: str, dtype: np.dtype) -> bool:
+    """Whether to add in float64: a float32 sum one after the other is off by more the more it has,
+    and costs no less, as each addition waits for the one before."""
+    return kind == "sum" and dtype == FLOAT32
+
+
+def _rounded(b: Builder, kind: str, total: Value, dtype: np.dtype) -> Value:
+    """A total as the result has it."""
+    return b.fptrunc(total, resized(total.type, F32)) if _in_float64(kind, dtype) else total
 
 
 def _total(b: Builder, kind: str, sources: Place, inner: View, shape: Shape, lanes: int) -> Value:
@@ -128,7 +142,8 @@ def _total(b: Builder, kind: str, sources: Place, inner: View, shape: Shape, lan
         own = _element(b, sources, inner, indices).read(b, lanes)
         return [_combine(b, kind, values[0], own, inner.dtype)]
 
-    return nested(b, shape, add, [_start(kind, inner.dtype, lanes)])[0]
+    (total,) = nested(b, shape, add, [_start(kind, inner.dtype, lanes)])
+    return _rounded(b, kind, total, inner.dtype)
 
 
 def _total_of_rows(
@@ -159,7 +174,7 @@ def _total_of_rows(
     vector, rest = nested(b, tuple(outer), row, starts)
     if whole:
         rest = _combine(b, kind, rest, _across(b, kind, vector, dtype), dtype)
-    return rest
+    return _rounded(b, kind, rest, dtype)
 
 
 def _across(b: Builder, kind: str, vector: Value, dtype: np.dtype) -> Value:
@@ -244,6 +259,7 @@ def pool(operation: Pool, x: Node, result: Node) -> tuple[int, Emit]:
                 (total,) = b.loop(
                     row_low, row_high, over_row, [_start(operation.kind, dtype, lanes)]
                 )
+                total = _rounded(b, operation.kind, total, dtype)
                 target.moved(b, channel).write(b, total)
 
             lane_loops(b, i64(0), i64(channels), lanes, some)

@@ -4,6 +4,7 @@ So a network in channels-first order computes in channels-last, and a dense laye
 activation and residual come next to its product.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -36,6 +37,8 @@ def sink_layouts(graph: Graph) -> Graph:
             return _behind_transpose(node)
         if isinstance(node.operation, Elementwise):
             return _behind_reshape(node)
+        if isinstance(node.operation, Reduce):
+            return _split_reduction(node)
         return node
 
     return graph.rewrite(rule)
@@ -146,6 +149,30 @@ def _behind_reshape(node: Node) -> Node:
         else:
             return node
     return reshape(Node(node.operation, tuple(inputs), node.name), node.shape, node.name)
+
+
+def _split_reduction(node: Node) -> Node:
+    """A reduction over axes that a reshape left as they were, and others: over those first.
+
+    A group norm's sum over pixels and part of the channels is one over pixels, which tiles and
+    vectors of channels do well, and a small one.
+    """
+    assert isinstance(node.operation, Reduce)
+    (x,), operation = node.inputs, node.operation
+    if not isinstance(x.operation, Reshape) or operation.kind in ("argmax", "argmin"):
+        return node
+    source = x.inputs[0]
+    pairs = zip(source.shape, x.shape, strict=False)
+    alike = sum(1 for _ in itertools.takewhile(lambda sizes: sizes[0] == sizes[1], pairs))
+    first = tuple(axis for axis in operation.axes if axis < alike)
+    kept = tuple(axis for axis in range(alike) if axis not in first)
+    if not first or alike in (len(source.shape), len(x.shape)):
+        return node
+    inner = Node(Reduce(operation.kind, first), (source,), node.name)
+    left = tuple(x.shape[axis] for axis in kept) + x.shape[alike:]
+    rest = tuple(axis - len(first) for axis in operation.axes if axis >= alike)
+    parts = reshape(inner, left, node.name)
+    return Node(Reduce(operation.kind, rest), (parts,), node.name) if rest else parts
 
 
 def _refit(value: np.ndarray, old: Shape, new: Shape) -> np.ndarray | None:

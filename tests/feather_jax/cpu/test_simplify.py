@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from jax import lax
 
 from feather_jax.cpu import absorb, sink
-from feather_jax.cpu.graph import RELU, Convolution, Elementwise, Pool, Reshape, Transpose
+from feather_jax.cpu.graph import RELU, Convolution, Elementwise, Pool, Reduce, Reshape, Transpose
 from feather_jax.cpu.interpret import interpret
 from feather_jax.cpu.lower import lower
 from feather_jax.cpu.simplify import fold_constants, fuse_elementwise, simplify, tidy
@@ -49,6 +49,18 @@ def simplified(fn, *examples):
     graph = simplify(lowered.graph)
     assert_close(interpret(graph, *examples), jax.jit(fn)(*examples))
     return graph
+
+
+def test_a_group_norm_is_summed_over_pixels_first():
+    """So that tiles need not become rows for it."""
+    x = np.asarray(jax.random.normal(KEY, (2, 8, 6, 12)))
+    graph = simplified(lambda x: jnp.mean(x.reshape(2, 8, 6, 3, 4), (1, 2, 4)), x)
+    first, second = (node.operation for node in graph.nodes if isinstance(node.operation, Reduce))
+    assert (first.axes, second.axes) == ((1, 2), (2,))
+    graph = simplified(lambda x: jnp.max(x.reshape(2, 8, 6, 3, 4), (1, 2)), x)
+    assert [node.kind for node in graph.nodes if node.inputs] == ["reduce max", "reshape"]
+    graph = simplified(lambda x: jnp.sum(x.reshape(2, 48, 12), (1,)), x)
+    assert [node.kind for node in graph.nodes if node.inputs] == ["reshape", "reduce sum"]
 
 
 def kinds(graph, *left_out):
