@@ -19,11 +19,8 @@ from feather_jax.cpu.tiles import LINE
 
 C_TYPES = {
     "bool": "uint8_t",
-    "uint8": "uint8_t",
-    "int8": "int8_t",
-    "int32": "int32_t",
-    "int64": "int64_t",
     "float32": "float",
+    **{f"{kind}{bits}": f"{kind}{bits}_t" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
 }
 
 
@@ -40,7 +37,8 @@ def write_object(
 
     The C function takes a pointer to each argument and then one to each result, the leaves of the
     pytrees in JAX's order, as contiguous arrays by rows. It needs no library but, where LLVM makes
-    use of them, memcpy and memset.
+    use of them, memcpy and memset, and on 32-bit processors the division of 64-bit integers that
+    comes with a C compiler (libgcc).
 
     Args:
       fn: a function of pytrees of arrays that closes over its weights.

@@ -30,7 +30,7 @@ class Target:
 
     @property
     def x86(self) -> bool:
-        return self.triple.startswith(("x86_64", "i686"))
+        return self.triple.startswith(_X86)
 
     def machine(self, jit: bool) -> llvm.TargetMachine:
         """LLVM's code generator for it: position-independent unless for this process."""
@@ -43,6 +43,9 @@ class Target:
             codemodel="jitdefault" if jit else "default",
             jit=jit,
         )
+
+
+_X86 = ("x86_64", "amd64", "i386", "i586", "i686")
 
 
 @functools.cache
@@ -73,7 +76,7 @@ def _sized(triple: str, cpu: str, features: str, *, avx512: bool, avx2: bool) ->
         return Target(triple, cpu, features, 16, 8, 32)
     if avx2:
         return Target(triple, cpu, features, 8, 10, 16)
-    if triple.startswith(("x86_64", "i686")):
+    if triple.startswith(_X86):
         return Target(triple, cpu, features, 4, 10, 16)
     return Target(triple, cpu, features, 4, 20, 32)
 
@@ -82,7 +85,7 @@ def named(triple: str | None = None, cpu: str | None = None) -> Target:
     """The machine of a target triple and a processor's name; this one if neither is given.
 
     Raises:
-      ValueError: LLVM knows no such target or processor.
+      ValueError: LLVM knows no such target or processor, or one that the code is not for.
     """
     if triple is None and cpu is None:
         return host()
@@ -98,6 +101,12 @@ def named(triple: str | None = None, cpu: str | None = None) -> Target:
     cpu = cpu or ("x86-64" if triple.startswith("x86_64") else "generic")
     _check_processor(triple, cpu)
     probe = target.create_target_machine(cpu=cpu, features="")
+    layout = str(probe.target_data)
+    if layout.startswith("E") or "-p:16:" in layout:
+        raise ValueError(
+            "The code is for little-endian machines of 32 or 64 bits, and "
+            f"{triple!r} is none; name another target."
+        )
     enabled = _enabled(probe)
     return _sized(triple, cpu, "", avx512="avx512f" in enabled, avx2={"avx2", "fma"} <= enabled)
 

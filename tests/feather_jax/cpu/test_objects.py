@@ -135,7 +135,11 @@ def test_several_arguments_and_results_in_cplusplus(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target", ["riscv64-linux-gnu", "wasm32-unknown-unknown", "arm64-apple-macosx"]
+    "target",
+    [
+        *("riscv64-linux-gnu", "wasm32-unknown-unknown", "arm64-apple-macosx"),
+        *("x86_64-pc-windows-msvc", "thumbv7em-none-eabihf", "i386-linux-gnu"),
+    ],
 )
 def test_other_targets_are_emitted(tmp_path, target):
     cpu.write_object(network, IMAGES, path=tmp_path / "network.o", target=target)
@@ -146,6 +150,8 @@ def test_other_targets_are_emitted(tmp_path, target):
     ("options", "message"),
     [
         ({"target": "vax-dec-vms"}, "vax-dec-vms"),
+        ({"target": "aarch64_be-linux-gnu"}, "little-endian.*'aarch64_be-linux-gnu' is none"),
+        ({"target": "avr-none"}, "32 or 64 bits, and 'avr-none' is none"),
         ({"target": "x86_64-linux-gnu", "cpu": "pentium-99"}, "pentium-99"),
         ({"name": "my-model"}, "'my-model' cannot be the name of a C function"),
         ({"name": "größe"}, "'größe' cannot be"),
