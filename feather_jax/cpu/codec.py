@@ -27,8 +27,16 @@ CLASSES: dict[str, type] = {
     f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}": kind
     for kind in (
         *(dense.SparseProduct, dense.DenseProduct),
-        *(graph.Broadcast, graph.Concatenate, graph.Elementwise, graph.Literal, graph.MatMul),
-        *(graph.Pad, graph.Pool, graph.Reduce, graph.Reshape, graph.Slice, graph.Step, graph.Take),
+        *(graph.Broadcast, graph.Concatenate, graph.Elementwise, graph.Gather, graph.Literal),
+        *(
+            graph.MatMul,
+            graph.Pad,
+            graph.Pool,
+            graph.Reduce,
+            graph.Reshape,
+            graph.Slice,
+            graph.Step,
+        ),
         *(layouts.ToTiles, layouts.ToRows, layouts.Halo, layouts.Retile),
         *(plan.Array, plan.Copy, plan.Place, plan.Plan, plan.RowsKernel, plan.Step),
         *(graph.Transpose, convolution.SparseConvolution, target.Target, tiles.Tiles),

@@ -1,5 +1,6 @@
 """What the rules that turn primitives into nodes are given, and how they refuse."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,8 +45,9 @@ def inside(dtype: Any) -> np.dtype:
     """The dtype that a value of `dtype` has in the graph: float32 for half-precision floats."""
     if dtype in (ml_dtypes.bfloat16, np.float16):
         return FLOAT32
-    if dtype in (np.bool_, np.float32) or np.issubdtype(dtype, np.integer):
-        return np.dtype(dtype)
+    with contextlib.suppress(TypeError):  # of the keys of random numbers
+        if dtype in (np.bool_, np.float32) or np.issubdtype(dtype, np.integer):
+            return np.dtype(dtype)
     raise Unsupported(f"of {dtype}, where it computes in float32")
 
 

@@ -236,20 +236,20 @@ class Pad:
         return tuple(shape), x.dtype
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Take:
-    """Element indices[...] of the input in row-major order; the indices are in bounds."""
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """`size` neighbours of the first input by rows, from each int64 position in the second."""
 
-    indices: np.ndarray
+    size: int
 
-    def result(self, x: "Node") -> tuple[Shape, np.dtype]:
-        return self.indices.shape, x.dtype
+    def result(self, x: "Node", positions: "Node") -> tuple[Shape, np.dtype]:
+        return (*positions.shape, self.size), x.dtype
 
 
 # fmt: off
 Operation = (
     Input | Constant | Convolution | MatMul | Pool | Reduce | Elementwise | Concatenate | Transpose
-    | Reshape | Broadcast | Slice | Pad | Take
+    | Reshape | Broadcast | Slice | Pad | Gather
 )
 # fmt: on
 

@@ -12,6 +12,7 @@ from feather_jax.cpu.graph import (
     Constant,
     Convolution,
     Elementwise,
+    Gather,
     Graph,
     Input,
     MatMul,
@@ -23,7 +24,6 @@ from feather_jax.cpu.graph import (
     Reshape,
     Slice,
     Steps,
-    Take,
     Transpose,
     window_counts,
 )
@@ -71,8 +71,9 @@ def evaluate(node: Node, *inputs: Array) -> Array:
             result = _slice(node.operation, *inputs)
         case Pad():
             result = _pad(node.operation, *inputs)
-        case Take(indices):
-            result = np.ravel(inputs[0])[indices]
+        case Gather(size):
+            x, positions = inputs
+            result = np.ravel(x)[positions[..., None] + np.arange(size)]
         case _:
             raise TypeError(f"{node} has no value of its own")
     return result.astype(node.dtype)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import llvmlite.ir as ir
 import numpy as np
 
-from feather_jax.cpu.emit import I32, Builder, Code, Value, i64
+from feather_jax.cpu.emit import Builder, Code, Value, i64
 from feather_jax.cpu.expressions import emit_steps
 from feather_jax.cpu.graph import (
     Broadcast,
@@ -20,6 +20,7 @@ from feather_jax.cpu.graph import (
     Constant,
     Convolution,
     Elementwise,
+    Gather,
     Input,
     Literal,
     MatMul,
@@ -32,7 +33,6 @@ from feather_jax.cpu.graph import (
     Slice,
     Step,
     Steps,
-    Take,
     Transpose,
 )
 from feather_jax.cpu.matmul import matmul
@@ -81,8 +81,6 @@ def emit(code: Code, node: Node) -> ir.Function:
         b.ret_void()
         return b.function
 
-    if isinstance(node.operation, Take):  # its indices are in the code
-        return write()
     arguments = tuple((each.shape, each.dtype) for each in node.inputs)
     return code.function(("loops", node.operation, arguments), write)
 
@@ -134,8 +132,9 @@ def _parts(node: Node) -> list[Part]:
             ]
         case Pad():
             return _pad(node.operation, node.inputs[0].shape, shape, dtype)
-        case Take(indices):
-            return [_take(indices, dtype)]
+        case Gather(size):
+            x, positions = node.inputs
+            return [_gather(x, positions, size)]
         case Reduce():
             return [Part(*reduce(node.operation, node.inputs[0], node))]
         case Pool():
@@ -248,23 +247,18 @@ def _gaps(size: int, places: Sequence[int], pace: int) -> list[tuple[int, int, i
     return [(run[0], len(run), stride) for run, stride in runs if run]
 
 
-def _take(indices: np.ndarray, dtype: np.dtype) -> Part:
-    """The indices are in the code; a work item is a block of elements."""
-    count = indices.size
+def _gather(x: Node, positions: Node, size: int) -> Part:
+    """A work item is the neighbours from one position on."""
+    dtype = x.dtype
 
     def emit(b: Builder, item: Value, arrays: Sequence[Value]) -> None:
-        module = b.code.module
-        kind = ir.ArrayType(I32, count)
-        table = ir.GlobalVariable(module, kind, module.get_unique_name("indices"))
-        table.linkage, table.global_constant, table.align = "internal", True, 4
-        table.initializer = ir.Constant(kind, indices.ravel().tolist())
-        low = b.mul(item, i64(BLOCK))
-        output, source = (Place(array, View(dtype, (1,))) for array in arrays)
+        output, source = (Place(array, View(dtype, (1,))) for array in arrays[:2])
+        place = Place(arrays[2], View(positions.dtype, (1,))).moved(b, item).read(b, 0)
+        target, own = output.moved(b, b.mul(item, i64(size))), source.moved(b, place)
 
-        def one(i: Value) -> None:
-            index = b.read_index(table, b.mul(i, i64(4)))
-            output.moved(b, i).write(b, source.moved(b, index).read(b, 0))
+        def some(i: Value, lanes: int) -> None:
+            target.moved(b, i).write(b, own.moved(b, i).read(b, lanes))
 
-        b.loop(low, smallest(b, b.add(low, i64(BLOCK)), i64(count)), one)
+        lane_loops(b, i64(0), i64(size), b.code.target.lanes, some)
 
-    return Part(-(-count // BLOCK), emit)
+    return Part(math.prod(positions.shape) if size else 0, emit)

@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from feather_jax.cpu.equation import Equation, Unsupported, inside
 from feather_jax.cpu.graph import Constant, Graph, Input, Node, constant
-from feather_jax.cpu.primitives import RULES, leading, stack
+from feather_jax.cpu.primitives import RULES, choose, leading, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,12 @@ def lower(fn: Callable[..., Any], *examples: Any) -> Lowered:
         the compiler does not know. The message names it, its layer and its source line.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*examples)
-    _, argument_tree = jax.tree.flatten(examples)
+    leaves, argument_tree = jax.tree.flatten(examples)
     results, result_tree = jax.tree.flatten(shapes)
-    arguments = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals)
+    arguments = tuple(  # float64 and int64 are that only with jax_enable_x64 in the traced function
+        jax.ShapeDtypeStruct(aval.shape, getattr(leaf, "dtype", aval.dtype))
+        for leaf, aval in zip(leaves, closed.in_avals, strict=True)
+    )
 
     program = _Program()
     values = [_Value(aval) for aval in closed.in_avals]
@@ -67,7 +70,7 @@ def lower(fn: Callable[..., Any], *examples: Any) -> Lowered:
     try:
         inputs = tuple(
             Node(Input(index, tuple(each.shape), inside(each.dtype)))
-            for index, each in enumerate(arguments)
+            for index, each in enumerate(closed.in_avals)
         )
         nodes = program.nodes(dict(zip(values, inputs, strict=True)), outputs)
         graph = Graph(inputs, tuple(map(_computable, nodes)))
@@ -165,11 +168,8 @@ class _Program:
             return self._task(functools.partial(_bind, eqn), operands, avals)
         if kind == "scan":
             return self._unroll(eqn, operands, place)
-        if kind == "cond" and operands[0].known:
-            which, *rest = operands
-            (index,) = self.fold([which]).values()
-            branches = eqn.params["branches"]
-            return self.inline(branches[np.clip(int(index), 0, len(branches) - 1)], rest, place)
+        if kind == "cond":
+            return self._branch(eqn.params["branches"], operands[0], operands[1:], place)
         return self._task(functools.partial(_nodes, eqn, place), operands, avals)
 
     def _task(
@@ -179,6 +179,19 @@ class _Program:
         results = tuple(_Value(aval, known) for aval in avals)
         (self.known if known else self.unknown).append(_Task(run, tuple(operands), results))
         return results
+
+    def _branch(
+        self, branches: Sequence[Any], which: _Value, operands: Sequence[_Value], place: _Place
+    ) -> Sequence[_Value]:
+        """The branch that is known, or all of them and a choice of the results."""
+        if which.known:
+            (index,) = self.fold([which]).values()
+            return self.inline(branches[np.clip(int(index), 0, len(branches) - 1)], operands, place)
+        results = [self.inline(branch, operands, place) for branch in branches]
+        return [
+            self._task(lambda *nodes: [choose(*nodes)], [which, *cases], [cases[0].aval])[0]
+            for cases in zip(*results, strict=True)
+        ]
 
     def _unroll(self, eqn: JaxprEqn, operands: Sequence[_Value], place: _Place) -> Sequence[_Value]:
         """A scan, turn after turn.
@@ -246,7 +259,7 @@ class _Program:
         values = {each: self.constants[each] for each in wanted if each in self.constants}
         if computed:
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
-                constants = [np.asarray(self.constants[each]) for each in needed]
+                constants = [_on_cpu(self.constants[each]) for each in needed]
                 results = jax.jit(run)(constants)
             values.update(zip(computed, results, strict=True))
         return {each: np.asarray(value, each.aval.dtype) for each, value in values.items()}
@@ -263,6 +276,13 @@ _CALLS = {
     "pjit": "jaxpr",
     "remat2": "jaxpr",
 }
+
+
+def _on_cpu(value: Any) -> Any:
+    """A constant off other devices; the keys of random numbers are no arrays of NumPy's."""
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.extended):
+        return jax.device_put(value, jax.local_devices(backend="cpu")[0])
+    return np.asarray(value)
 
 
 def _bind(eqn: JaxprEqn, *operands: Any) -> Sequence[Any]:

@@ -1,11 +1,11 @@
 """What each primitive of JAX is in a graph's operations: one rule a primitive."""
 
-import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from feather_jax.cpu import indexing
 from feather_jax.cpu.equation import Equation, Rule, Unsupported, known
 from feather_jax.cpu.graph import (
     Concatenate,
@@ -16,14 +16,13 @@ from feather_jax.cpu.graph import (
     Reduce,
     Slice,
     Step,
-    Take,
     broadcast,
     constant,
     elementwise,
     reshape,
     transpose,
 )
-from feather_jax.cpu.products import convolution, dot, pooling
+from feather_jax.cpu.products import convolution, cumulative, dot, pooling
 
 
 def leading(x: Node, index: int) -> Node:
@@ -38,6 +37,16 @@ def stack(parts: Sequence[Node], axis: int = 0, name: str = "") -> Node:
     shape = parts[0].shape
     shape = (*shape[:axis], 1, *shape[axis:])
     return Node(Concatenate(axis), tuple(reshape(each, shape, name) for each in parts), name)
+
+
+def choose(which: Node, *cases: Node, name: str = "") -> Node:
+    """The case with the number `which`, or the nearest one."""
+    result = cases[-1]
+    for index, case in reversed(list(enumerate(cases[:-1]))):
+        number = constant(which.dtype.type(index))
+        chosen = elementwise("less_equal", which, number, dtype=np.bool_, name=name)
+        result = elementwise("select", chosen, case, result, name=name)
+    return result
 
 
 def _function(function: str) -> Rule:
@@ -109,12 +118,7 @@ def _select(eqn: Equation, which: Node, *cases: Node) -> Node:
     """Two cases are chosen by a bool, more by an integer; the first is that of False."""
     if which.dtype == np.bool_:
         return elementwise("select", which, cases[1], cases[0], name=eqn.name)
-    result = cases[-1]
-    for index, case in reversed(list(enumerate(cases[:-1]))):
-        number = constant(which.dtype.type(index))
-        chosen = elementwise("less_equal", which, number, dtype=np.bool_, name=eqn.name)
-        result = elementwise("select", chosen, case, result, name=eqn.name)
-    return result
+    return choose(which, *cases, name=eqn.name)
 
 
 def _clamp(eqn: Equation, low: Node, x: Node, high: Node) -> Node:
@@ -187,24 +191,6 @@ def _pad(eqn: Equation, x: Node, value: Node) -> Node:
     return Node(Pad(known(value).reshape(1)[0], padding, interior), (x,), eqn.name)
 
 
-def _dynamic_slice(eqn: Equation, x: Node, *starts: Node) -> Node:
-    clamped = (
-        min(max(int(known(start)), 0), size - window)
-        for start, size, window in zip(starts, x.shape, eqn.shape, strict=True)
-    )
-    return Node(Slice(tuple(clamped), eqn.shape, (1,) * len(eqn.shape)), (x,), eqn.name)
-
-
-def _gather(eqn: Equation, x: Node, indices: Node) -> Node:
-    """With known indices: gathered from the positions of the elements it says which it takes."""
-    positions = np.arange(math.prod(x.shape), dtype=np.int32).reshape(x.shape)
-    params = {**eqn.params, "fill_value": -1}
-    taken = np.asarray(jax.lax.gather_p.bind(positions, known(indices), **params))
-    if taken.min(initial=0) < 0:
-        raise Unsupported("with indices out of bounds")
-    return Node(Take(taken), (x,), eqn.name)
-
-
 def _reduction(kind: str) -> Rule:
     def rule(eqn: Equation, x: Node) -> Node:
         return Node(Reduce(kind, tuple(eqn.params["axes"])), (x,), eqn.name)
@@ -242,6 +228,8 @@ _OTHER_NAME = {
     "sub": "subtract",
 }
 
+_COMBINED = ["add", "max", "min", "mul", "sub"]
+
 _IDENTITIES = [
     *("copy", "copy_p", "device_put", "mesh_cast", "optimization_barrier", "pvary", "reshard"),
     *("sharding_constraint", "stop_gradient"),
@@ -253,6 +241,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_IDENTITIES, _identity),
     **{f"reduce_{kind}": _reduction(kind) for kind in ("and", "max", "min", "or", "prod", "sum")},
     **{f"reduce_window_{kind}": pooling(kind) for kind in ("max", "min", "sum")},
+    **{f"scatter-{name}": indexing.scatter(_OTHER_NAME.get(name, name)) for name in _COMBINED},
+    **{f"cum{kind}": cumulative(kind) for kind in ("max", "min", "sum")},
     "argmax": _arg_reduction("argmax"),
     "argmin": _arg_reduction("argmin"),
     "broadcast_in_dim": _broadcast_in_dim,
@@ -261,15 +251,17 @@ RULES: dict[str, Rule] = {
     "conv_general_dilated": convolution,
     "convert_element_type": _convert,
     "dot_general": dot,
-    "dynamic_slice": _dynamic_slice,
+    "dynamic_slice": indexing.dynamic_slice,
+    "dynamic_update_slice": indexing.dynamic_update_slice,
     "exp2": _exp2,
-    "gather": _gather,
+    "gather": indexing.gather,
     "integer_pow": _integer_pow,
     "pad": _pad,
     "pow": _power,
     "reshape": _reshape,
     "rev": _rev,
     "round": _round,
+    "scatter": indexing.scatter(None),
     "select_n": _select,
     "slice": _slice,
     "split": _split,
@@ -277,5 +269,6 @@ RULES: dict[str, Rule] = {
     "squeeze": _squeeze,
     "stack": _stack,
     "tile": _tile,
+    "top_k": indexing.top_k,
     "transpose": _transpose,
 }

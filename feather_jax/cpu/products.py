@@ -1,5 +1,6 @@
 """Products and windows: dot_general, conv_general_dilated and reduce_window_* as nodes."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -219,5 +220,25 @@ def pooling(kind: str) -> Rule:
         x = Node(Pool(kind, window, strides, padding, dilation), (x,), eqn.name)
         x = reshape(x, tuple(eqn.shape[axis] for axis in order), eqn.name)
         return transpose(x, tuple(np.argsort(order).tolist()), eqn.name)
+
+    return rule
+
+
+def cumulative(kind: str) -> Rule:
+    """The `kind` of all elements up to each one along an axis: a window that reaches to the end."""
+    pool = pooling(kind)
+
+    def rule(eqn: Equation, x: Node) -> Node | tuple[Node, ...]:
+        axis, ones = eqn.params["axis"], (1,) * len(x.shape)
+        size = x.shape[axis]
+        behind = (0, size - 1) if eqn.params["reverse"] else (size - 1, 0)
+        params = {
+            "base_dilation": ones,
+            "window_dilation": ones,
+            "window_strides": ones,
+            "window_dimensions": tuple(size if i == axis else 1 for i in range(len(ones))),
+            "padding": tuple(behind if i == axis else (0, 0) for i in range(len(ones))),
+        }
+        return pool(dataclasses.replace(eqn, params=params), x)
 
     return rule

@@ -14,6 +14,7 @@ from feather_jax.cpu.graph import (
     FLOAT32,
     Broadcast,
     Concatenate,
+    Gather,
     Input,
     MatMul,
     Node,
@@ -21,7 +22,6 @@ from feather_jax.cpu.graph import (
     Pool,
     Reduce,
     Slice,
-    Take,
     Transpose,
     elementwise,
 )
@@ -140,11 +140,13 @@ def test_pad(data):
 
 
 @given(st.data())
-def test_take(data):
-    shape = data.draw(SHAPES)
+def test_gather(data):
+    x = values(data.draw, data.draw(SHAPES))
+    size = data.draw(st.integers(1, min(x.size, 40)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    indices = rng.integers(0, max(1, np.prod(shape)), data.draw(SHAPES)).astype(np.int32)
-    check(data.draw, Take(indices), values(data.draw, shape))
+    shape = data.draw(arrays.array_shapes(min_dims=0, max_dims=3, max_side=5))
+    positions = np.asarray(rng.integers(0, x.size - size + 1, shape))
+    check(data.draw, Gather(size), x, positions)
 
 
 @given(st.data(), st.sampled_from(["sum", "prod", "max", "min"]))
@@ -154,6 +156,18 @@ def test_reduce(data, kind):
     x = values(data.draw, shape)
     x = np.sign(x) if kind == "prod" else x
     check(data.draw, Reduce(kind, axes), x, exact=kind != "sum")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((200_000,), (0,)), ((200_000, 3), (0,)), ((50_000, 3, 4), (0, 2))]
+)
+def test_long_sums_are_exact(shape, axes):
+    """One after the other in float32 they would be off by a thousand times as much."""
+    x = np.random.default_rng(0).random(shape, np.float32)
+    operation = Reduce("sum", axes)
+    (node,) = arguments(x)
+    result = Compiled(Node(operation, (node,)))(x)
+    np.testing.assert_allclose(result, x.astype(np.float64).sum(axes), rtol=1e-7)
 
 
 @given(st.data(), st.sampled_from(["and", "or", "max", "min"]))

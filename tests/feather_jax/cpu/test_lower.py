@@ -83,6 +83,7 @@ def test_activation(activation):
         lambda x: jnp.concatenate([x, 2 * x, jnp.ones((3, 1))], axis=1),
         lambda x: jnp.pad(x, ((1, 2), (0, 1)), constant_values=3),
         lambda x: jnp.stack([x, x.T.reshape(3, 4)]),
+        lambda x: (jnp.cumsum(x, 0), lax.cummax(x, axis=1, reverse=True)),
         lambda x: jnp.tile(x, (2, 3)),
         lambda x: jnp.roll(x, 1, axis=1),
         lambda x: x[:, None, :] * x[:, :, None],
@@ -245,6 +246,19 @@ def test_scan_and_cond():
     check(fn, images(2, 4), images(3))
 
 
+def test_branches_that_depend_on_an_argument():
+    def fn(x, which):
+        x = lax.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, x)
+        return lax.switch(which, [jnp.sin, jnp.cos, lambda x: 1 / x], x)
+
+    for which in (-1, 0, 1, 2, 3):
+        check(fn, images(3), np.int32(which))
+
+
+def test_random_numbers_of_a_key_that_is_closed_over():
+    check(lambda x: x + jax.random.normal(KEY, x.shape), images(3))
+
+
 def test_what_depends_on_weights_alone_is_constant():
     w = images(4, 4)
 
@@ -288,10 +302,15 @@ def test_an_unknown_primitive_is_named_with_its_layer_and_line():
     (lambda x: lax.conv_general_dilated(x, x, (1, 1, 1), "SAME"), "kernel depends"),
     (lambda x: lax.conv_general_dilated(x, BOX, (1, 1, 1), "SAME"), "3 spatial axes"),
     (lambda x: lax.conv_general_dilated(x[0], x[0], (1, 1), "SAME"), "kernel depends"),
-    (lambda x: lax.dynamic_slice(x, (0, 0, 0, 0, x.astype(int).max()), (1,) * 5), "constant"),
+    (lambda x: lax.dynamic_update_slice(x, x, (0, 0, 0, 0, x.astype(int).max())), "constant"),
     (lambda x: x.astype(int) @ jnp.ones(3, int), "int32"),
     (lambda x: x + 1j, "complex64"),
 ])  # fmt: skip
 def test_an_unknown_form_is_explained(fn, reason):
     with pytest.raises(NotImplementedError, match=reason):
         lower(fn, images(1, 1, 3, 3, 3))
+
+
+def test_an_argument_of_another_kind_is_explained():
+    with pytest.raises(NotImplementedError, match="argument or result of key<fry>"):
+        lower(lambda key: jax.random.normal(key, (3,)), KEY)

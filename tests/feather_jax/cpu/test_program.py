@@ -172,6 +172,15 @@ def test_other_arguments_are_refused(residual, arguments, message):
         program(*arguments)
 
 
+def test_the_examples_themselves_are_taken():
+    """Arrays of 64 bits, which JAX narrows."""
+    x, index = rng.standard_normal((3, 4)), np.array([2, 0])
+    program = compile_program(lambda x, index: 2 * x[index], x, index)
+    result = program(x, index)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, 2 * x[index], rtol=1e-6)
+
+
 def test_no_threads_are_refused():
     with pytest.raises(ValueError, match="threads is 0"):
         compile_program(lambda x: x, np.zeros(1, np.float32), threads=0)
