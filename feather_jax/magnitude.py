@@ -3,19 +3,24 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Magnitude: TypeAlias = Callable[[Float[Array, "*shape"]], Float[Array, "#*shape"]]
 """A function of a weight array that gives non-negative numbers which broadcast to it. `jnp.abs` is
-one, `block_magnitude` makes others. It is static under `jax.jit`, so it must be hashable."""
+one, `block_magnitude` makes others. It is static under `jax.jit`, so it must be hashable. Where it
+gives several weights the same number, it may have a method `blocks` that gives the number once."""
+
+# Up to as many weights of a block are taken one by one.
+_SMALL_BLOCK = 16
 
 
 def block_magnitude(block: Sequence[int | None], *, axes: Sequence[int] | None = None) -> Magnitude:
@@ -77,6 +82,12 @@ def measure(magnitude: Magnitude, w: Float[Array, "*shape"]) -> Float[Array, "#*
             f"one gives the shape {result.shape}; reduce with keepdims=True."
         )
     return result
+
+
+def measure_once(magnitude: Magnitude, w: Float[Array, "*shape"]) -> Float[Array, "..."]:
+    """What `measure` gives, but each number for as many weights: one a block if there are such."""
+    blocks = getattr(magnitude, "blocks", None)
+    return measure(magnitude, w) if blocks is None else blocks(jnp.asarray(w, comparison_dtype(w)))
 
 
 def comparison_dtype(*values: Array) -> DTypeLike:
@@ -143,7 +154,20 @@ class _BlockMagnitude:
 
     def __call__(self, w: Float[Array, "*shape"]) -> Float[Array, "#*shape"]:
         lengths = self._lengths(w.shape)
-        return like_weights(lambda w: _root_mean_square(w, lengths), jnp.asarray(w))
+
+        def of_weights(w: Array) -> Array:
+            # The barrier keeps XLA from finding a block's again for each of its weights.
+            values = lax.optimization_barrier(_root_mean_square(w, lengths))
+            return _join(values, w.shape, lengths)
+
+        return like_weights(of_weights, jnp.asarray(w))
+
+    def blocks(self, w: Float[Array, "*shape"]) -> Float[Array, "..."]:
+        """The same magnitudes, one a block instead of one a weight if all blocks are of a size."""
+        lengths = self._lengths(w.shape)
+        if any(size % length for size, length in zip(w.shape, lengths, strict=True)):
+            return self(w)
+        return _root_mean_square(jnp.asarray(w), lengths).reshape(_counts(w.shape, lengths))
 
     def _lengths(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The block's length along every axis of a kernel, or a ValueError."""
@@ -176,33 +200,61 @@ def _root_mean_square(w: Float[Array, "*shape"], lengths: tuple[int, ...]) -> Fl
     computed, but compilers add floating-point numbers in the order that suits them. So the weights
     are divided by the largest of their block, and the squares are added as integers.
     """
-    blocks = _split(jnp.abs(w), lengths)
-    within = tuple(range(1, blocks.ndim, 2))
-    largest = jnp.max(blocks, axis=within, keepdims=True)
+    members = _members(_split(jnp.abs(w), lengths))
+    largest = _merged(lax.max, jnp.max, members)
     unit = jnp.where(largest <= 0, 1, largest)
-    share = jnp.where(blocks == unit, 1, blocks / unit)  # infinity has no ratio to itself
-    mean_square = _exact_sum(share * share, within) / _sizes(w.shape, lengths)
-    return _join(unit * jnp.sqrt(mean_square), w.shape, lengths)
+    shares = [jnp.where(x == unit, 1, x / unit) for x in members]  # infinity has no ratio to itself
+    squares = [share * share for share in shares]
+    mean_square = _exact_sum(squares, math.prod(lengths)) / _sizes(w.shape, lengths)
+    return unit * jnp.sqrt(mean_square)
 
 
-def _exact_sum(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-    """The sum along `axes` of numbers in [0, 1], one of them 1, the same in any order of adding.
+def _exact_sum(parts: list[Float[Array, "..."]], size: int) -> Float[Array, "..."]:
+    """The sums of `size` numbers in [0, 1], one of them 1, the same in any order of adding.
 
     They are counted in units of 2**-bits, what is left in units of 2**-(2 bits), and so on until
     all that is left is less than the last place of the sum.
     """
-    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    exponent = math.ceil(math.log2(math.prod(x.shape[axis] for axis in axes)))
+    dtype = parts[0].dtype
+    integer = jnp.int64 if dtype == jnp.float64 else jnp.int32
+    exponent = math.ceil(math.log2(size))
     bits = np.iinfo(integer).bits - 2 - exponent  # the sum of the integers fits with one to spare
-    words = math.ceil((exponent + jnp.finfo(x.dtype).nmant - 1) / bits)
-    total = jnp.zeros((), x.dtype)
+    words = math.ceil((exponent + jnp.finfo(dtype).nmant - 1) / bits)
+    total = jnp.zeros((), dtype)
     for word in range(1, words + 1):
-        x *= 2.0**bits
-        whole = jnp.floor(x) if word < words else jnp.round(x)
-        counted = jnp.sum(whole.astype(integer), axis=axes, keepdims=True)
-        total += counted.astype(x.dtype) * 2.0 ** (-bits * word)
-        x -= whole
+        parts = [x * 2.0**bits for x in parts]
+        whole = [jnp.floor(x) if word < words else jnp.round(x) for x in parts]
+        counted = _merged(lax.add, jnp.sum, [x.astype(integer) for x in whole])
+        total += counted.astype(dtype) * 2.0 ** (-bits * word)
+        parts = [x - y for x, y in zip(parts, whole, strict=True)]
     return total
+
+
+def _members(blocks: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+    """The weights of small blocks, one of each block in each array; large blocks as they are.
+
+    One after another they are read once, by one kernel, where XLA reads what is reduced as often as
+    it is.
+    """
+    members, within = [blocks], range(1, blocks.ndim, 2)
+    if math.prod(blocks.shape[axis] for axis in within) > _SMALL_BLOCK:
+        return members
+    for axis in within:
+        places = range(blocks.shape[axis])
+        if len(places) > 1:
+            members = [lax.slice_in_dim(x, i, i + 1, axis=axis) for x in members for i in places]
+    return members
+
+
+def _merged(
+    two: Callable[[Array, Array], Array],
+    along: Callable[..., Array],
+    members: list[Float[Array, "..."]],
+) -> Float[Array, "..."]:
+    """All members of each block as one, by a function of two of them or of them all."""
+    if len(members) > 1:
+        return reduce(two, members)
+    return along(members[0], axis=tuple(range(1, members[0].ndim, 2)), keepdims=True)
 
 
 def _split(x: Float[Array, "*shape"], lengths: tuple[int, ...]) -> Float[Array, "..."]:

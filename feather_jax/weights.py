@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from feather_jax.magnitude import Magnitude, comparison_dtype, measure
+from feather_jax.magnitude import Magnitude, comparison_dtype, measure_once
 from feather_jax.masks import Mask, map_prefix, no_prunable_weight, resolve_mask
 from feather_jax.survey import Leaf
 
@@ -132,7 +132,7 @@ def measured(arrays: list[Array], static: Static) -> list[Leaf]:
         return [Leaf(w, (0,), 1, axes) for w, axes in zip(arrays, static.axes, strict=True)]
     leaves = []
     for w, axes in zip(arrays, static.axes, strict=True):
-        values = measure(static.magnitude, w)
+        values = measure_once(static.magnitude, w)
         leaves.append(Leaf(values, (0,), w.size // values.size, axes))
     return leaves
 

@@ -156,7 +156,10 @@ def filter_magnitude(w):
     return jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - 1)), keepdims=True)
 
 
-@pytest.mark.parametrize("magnitude", [feather.block_magnitude((3, 1)), filter_magnitude])
+@pytest.mark.parametrize(
+    "magnitude",
+    [feather.block_magnitude((3, 1)), feather.block_magnitude((4, 1)), filter_magnitude],
+)
 def test_blocks_count_by_their_weights(magnitude):
     rng = np.random.default_rng(6)
     arrays = [rng.standard_normal(s, np.float32) for s in ((16, 10), (3, 3, 5, 8))]
@@ -166,6 +169,19 @@ def test_blocks_count_by_their_weights(magnitude):
         assert found == sorted_threshold(sizes, sparsity)
         each = layer_thresholds(arrays, sparsity, prunable=True, magnitude=magnitude)
         assert each == [sorted_threshold([size], sparsity) for size in sizes]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_blocks_may_lie_across_devices(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    rng, magnitude = np.random.default_rng(7), feather.block_magnitude((4, 1))
+    arrays = [rng.standard_normal(shape, np.float32) for shape in ((24, 16), (64, 8))]
+    sizes = [np.asarray(magnitude(jnp.asarray(w))) for w in arrays]
+    sharded = jax.device_put(arrays, NamedSharding(mesh, P("x")))
+    found = feather.global_threshold(sharded, 0.6, prunable=True, magnitude=magnitude)
+    assert found == sorted_threshold(sizes, 0.6)
+    each = layer_thresholds(sharded, 0.6, prunable=True, magnitude=magnitude)
+    assert each == [sorted_threshold([size], 0.6) for size in sizes]
 
 
 def test_errors_name_the_value_and_the_remedy():
