@@ -10,10 +10,12 @@ import optax
 import pytest
 
 import feather_jax as feather
+from tests.train.run.test_loop import Crash, crash_at
 from train import config as config_lib
 from train import main
 from train.asl import Asl
 from train.optimizer import learning_rate, make_optimizer
+from train.store import checkpoint
 
 
 @pytest.fixture
@@ -98,6 +100,31 @@ def test_r_has_its_own_rate_no_decay_and_no_part_in_the_clipping(config, optimiz
             lambda u, w: u + 0.1 * 0.1 * w, updates["head"]["kernel"], params["head"]["kernel"]
         )
         assert 0 < np.linalg.norm(moved) < 1.001e-4
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, config):
+    """Thresholds that are learned, and what the optimiser keeps of them, are restored."""
+    config = config(checkpoint_every_steps=15)
+    main.run(config, tmp_path / "whole", say=lambda line: None)
+    crash_at(18, monkeypatch)
+    with pytest.raises(Crash):
+        main.run(config, tmp_path / "stopped", say=lambda line: None)
+    monkeypatch.undo()
+    said = []
+    main.run(config, tmp_path / "stopped", said.append)
+    assert "Going on after step 15" in said[0]
+
+    states = [
+        checkpoint.newest(tmp_path / name / "checkpoints").leaves for name in ("whole", "stopped")
+    ]
+    learned = [name for name in states[0] if "asl" in name]
+    assert any("opt_state" in name for name in learned)
+    assert len(learned) > sum("opt_state" in name for name in learned)
+    assert states[0].keys() == states[1].keys()
+    for name, leaf in states[0].items():
+        np.testing.assert_array_equal(leaf, states[1][name], err_msg=name)
+    models = [feather.load(tmp_path / name / "model.npz") for name in ("whole", "stopped")]
+    jax.tree.map(np.testing.assert_array_equal, *models)
 
 
 def test_a_run_trains_r_and_leaves_a_network_without_it(tmp_path, config):
