@@ -1,6 +1,8 @@
 """What decides which weights go: `config.backbone`, by name, and `config.block`."""
 
 import functools
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -82,8 +84,7 @@ def pruning(
       macs: counts the multiply-accumulates of the network.
 
     Raises:
-      UserError: a kernel cannot have the pattern or the blocks, or the sparsity is more than the
-        pattern has.
+      UserError: an option is wrong, or ASL is to go with what it cannot go with.
     """
     chosen, name = options(config.backbone), config.backbone["name"]
     theta = feather.default_theta(config.sparsity) if config.theta is None else config.theta
@@ -111,7 +112,7 @@ def pruning(
             return functools.partial(feather.n_m_thresholds, n=chosen.n, m=chosen.m)
         return feather.global_threshold
 
-    prune = feather.Feather(
+    return feather.Feather(
         sparsity=config.sparsity,
         begin_step=steps.prune_begin,
         end_step=steps.prune_end,
@@ -121,12 +122,29 @@ def pruning(
         select=select() if config.sparsity else feather.global_threshold,
         magnitude=magnitude(config),
     )
-    if config.sparsity:
+
+
+def check(prune: feather.Feather, params: PyTree) -> tuple[str, ...]:
+    """Prunes the shapes of parameters, to see that it can be done.
+
+    Returns:
+      What the library warns of, a sentence each. A run tells it once, so that Python need not,
+      which would add a file and a line of code.
+
+    Raises:
+      UserError: a kernel cannot have the pattern or the blocks, or the sparsity is more than the
+        pattern has.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
             jax.eval_shape(prune.finalize, params)
         except ValueError as error:
             raise UserError(f"config.backbone and config.block: {error}") from error
-    return prune
+    notes = tuple(str(warning.message) for warning in caught)
+    for note in notes:
+        warnings.filterwarnings("ignore", re.escape(note))
+    return notes
 
 
 def magnitude(config: Config) -> Callable[[Array], Array]:

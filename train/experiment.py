@@ -12,11 +12,11 @@ import optax
 from jaxtyping import Array, Int32, PyTree
 
 import feather_jax as feather
+from train import backbones, models
 from train import config as config_lib
 from train import data as data_lib
-from train import models
 from train.asl import Asl
-from train.backbones import Pruning, pruning
+from train.backbones import Pruning
 from train.config import Config, Steps
 from train.data import DataSet
 from train.errors import UserError
@@ -62,6 +62,7 @@ class Experiment:
         identity.
       learning_rate: a function of the update's number.
       tx: the optimiser.
+      notes: what people should know of what is pruned, a sentence each.
     """
 
     config: Config
@@ -72,6 +73,7 @@ class Experiment:
     prune: Pruning
     learning_rate: optax.Schedule
     tx: optax.GradientTransformationExtraArgs
+    notes: tuple[str, ...]
 
 
 def build(config: Config, data: DataSet | None = None) -> Experiment:
@@ -106,7 +108,7 @@ def build(config: Config, data: DataSet | None = None) -> Experiment:
     variables = jax.eval_shape(lambda: initial_variables(model, data.image_shape, config.seed))
     check_paths(variables["params"], config)
     prunable = prunable_mask(variables["params"], config)
-    prune = pruning(
+    prune = backbones.pruning(
         config,
         steps,
         variables["params"],
@@ -115,7 +117,8 @@ def build(config: Config, data: DataSet | None = None) -> Experiment:
     )
     schedule = learning_rate(config, steps)
     tx = make_optimizer(config, schedule, prune)
-    return Experiment(config, steps, data, model, prunable, prune, schedule, tx)
+    notes = () if isinstance(prune, Asl) else backbones.check(prune, variables["params"])
+    return Experiment(config, steps, data, model, prunable, prune, schedule, tx, notes)
 
 
 def usable_dtype(name: str, where: str) -> jnp.dtype:

@@ -52,7 +52,9 @@ def pruning(config):
         chosen = config(**changes)
         steps = config_lib.steps(chosen, num_train=1437)
         mask = feather.prunable_weights(params())
-        return backbones.pruning(chosen, steps, params(), mask, macs)
+        prune = backbones.pruning(chosen, steps, params(), mask, macs)
+        backbones.check(prune, params())
+        return prune
 
     return build
 
@@ -115,6 +117,16 @@ def test_a_run_ends_in_an_n_m_pattern(trained):
         np.testing.assert_array_equal(kept, 2)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_says_once_what_stays_dense(tmp_path, config):
+    said = []
+    hidden = {"name": "lenet300", "hidden": [24, 18]}
+    main.run(config(backbone=N_M, model=hidden, epochs=0.1), tmp_path, said.append)
+    assert [line for line in said if "dense" in line] == [
+        "Stay dense, as 4 does not divide them: head/kernel (18 along axis -2)."
+    ]
+
+
 def test_a_run_ends_in_whole_blocks(trained):
     kernels = trained(block=(4, 1), sparsity=0.8)
     kept = [layer["kernel"].T.reshape(-1, 4) != 0 for layer in kernels.values()]
@@ -123,7 +135,6 @@ def test_a_run_ends_in_whole_blocks(trained):
     assert blocks.any(1).mean() == pytest.approx(0.2, abs=0.01)
 
 
-@pytest.mark.filterwarnings("ignore:Stay dense")
 def test_blocks_and_patterns_go_together(pruning):
     prune = pruning(backbone=N_M, block=(1, 2))
     assert isinstance(prune.select, functools.partial)
@@ -132,7 +143,6 @@ def test_blocks_and_patterns_go_together(pruning):
     np.testing.assert_array_equal(head.all(-1).sum(1), 2)
 
 
-@pytest.mark.filterwarnings("ignore:Stay dense")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -116,7 +116,7 @@ def open_session(
     check_same_run(config, workdir)
     experiment = experiment_lib.build(config)
     config = experiment.config
-    for note in experiment.data.notes:
+    for note in (*experiment.data.notes, *experiment.notes):
         say(note)
     shapes = jax.eval_shape(functools.partial(beginning, experiment), abstract_state(experiment))
     like = shapes.items()
