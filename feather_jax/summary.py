@@ -66,12 +66,25 @@ class Summary:
         return 1 - self.nonzero / self.prunable if self.prunable else 0.0
 
     @property
+    def starved(self) -> tuple[Layer, ...]:
+        """The prunable layers that are pruned whole or nearly.
+
+        Of these fewer weights are left than they have inputs or outputs (the smaller of the last
+        two dimensions).
+        """
+        return tuple(
+            layer
+            for layer in self.layers
+            if layer.prunable and layer.weights
+            if layer.nonzero < min(layer.shape[-2:] if len(layer.shape) > 1 else (1,))
+        )
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What should not go unsaid, a sentence each; the table ends with them.
 
-        Layers that are pruned whole, or of which fewer weights are left than they have inputs or
-        outputs (the smaller of the last two dimensions); large matrices that the mask leaves out,
-        and the share of the weights that it takes; many more zeros than were asked for.
+        Layers that are starved; large matrices that the mask leaves out, and the share of the
+        weights that it takes; many more zeros than were asked for.
         """
         return (*_nearly_gone(self), *_left_out(self), *_more_than_asked(self))
 
@@ -100,12 +113,11 @@ class Summary:
 
 
 def _nearly_gone(summary: Summary) -> Iterator[str]:
-    pruned = [layer for layer in summary.layers if layer.prunable and layer.weights]
-    whole = [layer.name for layer in pruned if not layer.nonzero]
+    whole = [layer.name for layer in summary.starved if not layer.nonzero]
     nearly = [
         f"{layer.name} ({layer.nonzero:,} of {layer.weights:,} left)"
-        for layer in pruned
-        if len(layer.shape) > 1 and 0 < layer.nonzero < min(layer.shape[-2:])
+        for layer in summary.starved
+        if layer.nonzero
     ]
     if whole:
         yield f"Pruned whole: {_listed(whole)}."

@@ -1,5 +1,6 @@
 """What a run tells while it goes: lines for people, metrics, a progress bar, its time."""
 
+import dataclasses
 import math
 import pathlib
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 from tqdm import tqdm
 
+import feather_jax as feather
 from train import parallel
 from train.config import Config, Steps
 from train.errors import UserError
@@ -44,6 +46,7 @@ class Journal:
             total=steps.total, initial=first, unit="step", disable=None if self._log else True
         )
         self._last_finite = "none"
+        self._starved: set[str] = set()
         self._lap: tuple[int, float] | None = None
 
     @property
@@ -70,6 +73,13 @@ class Journal:
             record["examples_per_second"] = pace * self._config.batch_size
         self._log.write(record)
         self._bar.set_postfix_str(headline(record))
+
+    def warn_of_starved(self, step: int, summary: feather.Summary) -> None:
+        """Says which layers have come to be pruned whole or nearly, each layer once."""
+        layers = tuple(each for each in summary.starved if each.name not in self._starved)
+        self._starved |= {each.name for each in layers}
+        for note in dataclasses.replace(summary, layers=layers).notes:
+            self.say(f"After step {step}: {note}")
 
     def pause(self) -> None:
         """What was just done, an evaluation or a checkpoint, does not count as the steps' time."""

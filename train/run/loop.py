@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+import feather_jax as feather
 from train import parallel
 from train.backbones import Pruning
 from train.errors import StorageError
@@ -48,7 +49,7 @@ def train(session: Session) -> Progress:
             if evaluating or saving:
                 metrics, evaluation = jax.device_get(metrics), None  # or three would be in flight
                 if evaluating:
-                    evaluation, kept = evaluated(session, sparse_variables(state), kept)
+                    evaluation, kept = evaluated(session, step, sparse_variables(state), kept)
                 journal.read(step, metrics, evaluation)
                 unread = None
                 journal.pause()
@@ -65,12 +66,16 @@ def current_variables(prune: Pruning, state: TrainState) -> PyTree:
     return state.result | {"params": prune.sparsify(dense, prune.threshold(dense, last_update))}
 
 
-def evaluated(session: Session, variables: PyTree, kept: Kept) -> tuple[Record, Kept]:
-    """The evaluation of sparse variables, and which weights they keep."""
+def evaluated(session: Session, step: int, variables: PyTree, kept: Kept) -> tuple[Record, Kept]:
+    """The evaluation of sparse variables after a step, and which weights they keep."""
+    experiment, params = session.experiment, variables["params"]
     evaluation: Record = session.evaluate(variables).figures
-    if not session.experiment.config.sparsity:
+    if not experiment.config.sparsity:
         return evaluation, kept
-    churn, kept = mask_churn(kept, pruned_leaves(session.experiment, variables["params"]))
+    churn, kept = mask_churn(kept, pruned_leaves(experiment, params))
+    if parallel.is_first() and step < experiment.steps.total:  # at the end the table says it
+        summary = feather.summarize(jax.device_get(params), prunable=experiment.prunable)
+        session.journal.warn_of_starved(step, summary)
     return evaluation | {"mask_churn": churn}, kept
 
 
