@@ -158,14 +158,14 @@ def test_the_number_of_devices_changes_nothing(devices, forty_steps_without_an_a
     assert_close(many, forty_steps_without_an_axis, 1e-9)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_accumulated_parts_are_the_same_on_any_number_of_devices(devices):
+def test_accumulated_parts_are_the_same_on_any_number_of_devices():
     """Batch normalisation sees the parts, so they have to be the same examples."""
     with jax.enable_x64(True):
-        one, many = (
-            train_on(number, 10, feather_for(0.9), accumulate_steps=2) for number in (1, devices)
+        one, *others = (
+            train_on(number, 10, feather_for(0.9), accumulate_steps=2) for number in (1, 2, 8)
         )
-    assert_close(many, one, 1e-10)
+    for many in others:
+        assert_close(many, one, 1e-10)
 
 
 def test_dense_twin_has_nothing_of_feather():
@@ -190,18 +190,19 @@ def test_sparsity_0_in_feather_equals_the_dense_twin():
     assert_close(*results, 1e-6)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_parts_equal_one_batch(parts):
+def test_accumulated_parts_equal_one_batch():
     """Without batch normalisation the parts of a batch give the gradient of the whole."""
     with jax.enable_x64(True):
         results = []
-        for accumulate_steps in (1, parts):
+        for accumulate_steps in (1, 2, 4):
             step, state = setup(feather_for(0.8), norm=False, accumulate_steps=accumulate_steps)
             jitted = jax.jit(step)
             for number in range(10):
                 state, metrics = jitted(state, global_batch(number))
             results.append(jax.device_get((state, metrics)))
-        assert_close(*results, 1e-12)
+        whole, *in_parts = results
+        for found in in_parts:
+            assert_close(found, whole, 1e-12)
 
 
 def test_accumulation_passes_statistics_from_part_to_part():
@@ -341,14 +342,14 @@ def test_the_loss_is_the_cross_entropy_against_smoothed_labels(smoothing):
         np.testing.assert_allclose(metrics["train/accuracy"], right)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_mixing_is_the_same_on_any_number_of_devices(devices):
+def test_mixing_is_the_same_on_any_number_of_devices():
     """In parts, too; and it does change the step."""
     options = {"mixup": 0.5, "cutmix": 1.0, "accumulate_steps": 2}
     with jax.enable_x64(True):
-        one, many = (train_on(number, 5, feather_for(0.9), **options) for number in (1, devices))
+        one, *others = (train_on(number, 5, feather_for(0.9), **options) for number in (1, 2, 8))
         plain = train_on(1, 5, feather_for(0.9), accumulate_steps=2)
-    assert_close(many, one, 1e-10)
+    for many in others:
+        assert_close(many, one, 1e-10)
     assert abs(plain[1]["train/loss"] - one[1]["train/loss"]) > 1e-3
 
 

@@ -14,9 +14,11 @@ TARGETS = np.eye(CLASSES, dtype=np.float32)[RNG.integers(CLASSES, size=N)]
 IMAGES = np.broadcast_to(np.arange(N, dtype=np.float32)[:, None, None, None], (N, SIZE, SIZE, 1))
 
 
+jitted = jax.jit(mix, static_argnames=("mixup", "cutmix"))
+
+
 def mixed(images=IMAGES, targets=TARGETS, keys=KEYS, **alphas):
-    mix_them = jax.jit(lambda *args: mix(*args, **alphas))
-    return tuple(np.asarray(array) for array in mix_them(images, targets, keys))
+    return tuple(np.asarray(array) for array in jitted(images, targets, keys, **alphas))
 
 
 def own_share(images):
