@@ -5,7 +5,7 @@ VENV ?= .venv
 WORKDIR ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: train demo test test-all lint types clean
+.PHONY: train demo test test-slow test-all lint types clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m train.main --config configs/digits.py --workdir $(WORKDIR)
@@ -29,12 +29,17 @@ demo: $(VENV)/.train
 	$(BIN)/python -m train.export --model $(DEMO)/ten-0.95/model.npz --out $(DEMO)/exported
 	$(BIN)/python examples/classify.py $(DEMO)/ten-0.95/model.npz $(DEMO)/pictures/7/00007.png
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+# Two processes, each of which has its own half; who is done first takes over from the other.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# With the slow tests, and TensorFlow for those that prepare a TFDS data set.
-test-all: $(VENV)/.prepare
-	$(BIN)/python -m pytest
+test: $(VENV)/.test
+	$(PYTEST) -m "not slow"
+
+# The slow ones, and TensorFlow for those that prepare a TFDS data set.
+test-all: test test-slow
+
+test-slow: $(VENV)/.prepare
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -18,7 +18,11 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """Programs that several tests compile are compiled once, in other processes too."""
+    """Programs that several tests compile are compiled once, in processes that they start too.
+
+    Several pytest-xdist workers have one each: JAX writes an entry where it stays, and a test of
+    another worker could read half of it.
+    """
     import jax
 
     directory = tmp_path_factory.mktemp("xla")
