@@ -23,8 +23,8 @@ def choose_block(
     """Chooses a block of pixels, and the number of chunks of input channels.
 
     The block fills the registers, so that there are few blocks; of those that need as many, the one
-    that reads the fewest cache lines. Chunks halve what it reads until that fits the first cache,
-    as long as enough non-zeros remain to a row.
+    that reads the fewest cache lines, and the widest, whose vectors are neighbours. Chunks halve
+    what it reads until that fits the first cache, as long as enough non-zeros remain to a row.
 
     Returns:
       Rows and columns of the block, and the number of chunks.
@@ -41,7 +41,7 @@ def choose_block(
         for rows in range(1, high + 1)
         if rows * columns <= most
     ]
-    block = min(candidates, key=lambda each: (blocks(each), _slab(op, x, each)))
+    block = min(candidates, key=lambda each: (blocks(each), _slab(op, x, each), -each[1]))
     if op.groups > 1:
         return block, 1
 
@@ -56,16 +56,13 @@ def choose_block(
 def _slab(op: Convolution, x: Tiles, block: tuple[int, int]) -> int:
     """Bytes of the cache lines that a block reads of all channels."""
     rows, columns = (
-        (size - 1) * stride + (taps - 1) * step + 1
+        np.unique(np.add.outer(np.arange(size) * stride, np.arange(taps) * step))
         for size, stride, taps, step in zip(
             block, op.strides, op.weights.shape[:2], op.dilation, strict=True
         )
     )
-    if columns == x.columns:
-        lines = -(-rows * columns * x.vector // LINE)
-    else:
-        lines = rows * -(-columns * x.vector // LINE)
-    return x.channels * lines * LINE
+    vectors = np.add.outer(rows * x.columns, columns)
+    return x.channels * LINE * len(np.unique(vectors * x.vector // LINE))
 
 
 def choose_panel(op: Convolution, pixels: int, target: Target) -> int:

@@ -1,5 +1,6 @@
 """The rule's limits: what fits registers and cache, and what threads share."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -62,3 +63,16 @@ def test_threads_share_channels_where_blocks_are_few():
     assert schedule.by_channel(3, 2)
     assert not schedule.by_channel(4, 2)
     assert not schedule.by_channel(9, 2)
+
+
+def test_blocks_are_of_neighbours_where_shapes_read_alike():
+    tiles = choose_tiles((1, 56, 56, 64), 16)
+    assert schedule.choose_block(ones(64, 64), tiles, tiles, AVX512)[0] == (1, 7)
+
+
+def test_lines_between_strides_are_not_read():
+    """Of 4 x 4 vectors a block of 2 x 2 with stride 2 reads 4: half of what stays in the cache."""
+    x, y = choose_tiles((1, 16, 16, 1024), 16), choose_tiles((1, 8, 8, 64), 16)
+    strided = dataclasses.replace(ones(1024, 64), strides=(2, 2))
+    assert schedule.choose_block(strided, x, y, AVX512) == ((2, 2), 8)
+    assert 4 * 1024 * 64 / 8 <= schedule.SLAB < 4 * 1024 * 64 / 4
