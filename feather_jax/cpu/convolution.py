@@ -13,7 +13,7 @@ import llvmlite.ir as ir
 
 from feather_jax.cpu.emit import Code, Value, i64
 from feather_jax.cpu.graph import Steps
-from feather_jax.cpu.pack import PAIR
+from feather_jax.cpu.pack import ROW
 from feather_jax.cpu.tiles import Tiles, mask_tiles
 from feather_jax.cpu.visit import Visit, emit_lists, emit_panels
 
@@ -22,10 +22,10 @@ from feather_jax.cpu.visit import Visit, emit_lists, emit_panels
 class SparseConvolution:
     """A convolution of one tiled array into another.
 
-    Operands: y, x, residual (y again where there is none), the mask of y's pixels, bias, and the
-    packed weights: rows, pairs, panel rows, panels. Work items are blocks of pixels; or output
-    channels, as many as a panel has; or groups of channels where there are several, whose planes
-    then stay in the cache while all blocks are gone through.
+    Operands: y, x, residual (y again where there is none), the mask of y's pixels, bias, and what
+    is packed: rows, weights, offsets, panel rows, panels. Work items are blocks of pixels; or
+    output channels, as many as a panel has; or groups of channels where there are several, whose
+    planes then stay in the cache while all blocks are gone through.
 
     Attributes:
       x, y, residual: layouts; the strides of x's windows relate x's tiles to y's.
@@ -36,6 +36,9 @@ class SparseConvolution:
       panel: output channels of a panel; 0 where all weights are in lists.
       listed: whether the lists of channels with panels have any weights.
       prefetch: how many cache lines of weights each list fetches, ahead of its own.
+      first: bytes from a block's first pixel to the first vector that is read for it.
+      bits: of an offset.
+      step: how many weights of a list are multiplied at a time.
       activation: steps of one argument.
       by_channel: whether work items are output channels.
     """
@@ -50,6 +53,9 @@ class SparseConvolution:
     panel: int
     listed: bool
     prefetch: int
+    first: int
+    bits: int
+    step: int
     activation: Steps
     by_channel: bool
 
@@ -72,16 +78,16 @@ class SparseConvolution:
 
 
 def emit_sparse_convolution(code: Code, spec: SparseConvolution) -> ir.Function:
-    """void f(y, x, residual, mask, bias, rows, pairs, panel_rows, panels, begin, end)."""
-    b, (*arrays, begin, end) = code.start("convolution", 9)
-    y, x, residual, mask, bias, rows, pairs, panel_rows, panels = arrays
+    """void f(operands ..., begin, end)."""
+    b, (*arrays, begin, end) = code.start("convolution", 10)
+    y, x, residual, mask, bias, rows, weights, offsets, panel_rows, panels = arrays
     high = spec.block[0]
     _, down, across = spec.blocks
     last_high = spec.y.tile[0] - (down - 1) * high
     channels, panel = spec.y.channels, spec.panel
     whole = channels // panel if panel else 0  # panels
 
-    def block(number: Value, first: Value, stop: Value) -> None:
+    def block(number: Value, first: Value, stop: Value, x: Value = x) -> None:
         """All chunks of one block of pixels, for parts first to stop of the output channels."""
         column = b.srem(number, i64(across))
         row = b.srem(b.sdiv(number, i64(across)), i64(down))
@@ -96,19 +102,23 @@ def emit_sparse_convolution(code: Code, spec: SparseConvolution) -> ir.Function:
                 offset = b.add(offset, b.scale(group, tiles.group))
             return b.address(b.address(base, offset), tiles.at(0, 0))
 
-        own = [
-            place(y, spec.y, (1, 1)),
-            place(x, spec.x, spec.strides),
+        own_y, own_x = place(y, spec.y, (1, 1)), place(x, spec.x, spec.strides)
+        shared = [
             place(residual, spec.residual, (1, 1)) if spec.residual else residual,
             place(mask, mask_tiles(spec.y), (1, 1)),
             bias,
         ]
 
+        def pointers(chunk: int) -> list[Value]:
+            channel = spec.x.channels * chunk // spec.chunks
+            return [own_y, b.address(own_x, spec.first + channel * spec.x.plane), *shared]
+
         def lists(chunk: int, height: int, start: bool, low: Value, high: Value) -> None:
             """The lists of channels low to high; `start` if nothing has been added up for them."""
             visit = visit_of(spec, height, chunk == 0 and start, chunk == spec.chunks - 1)
-            table = b.address(rows, chunk * PAIR * (channels + 1))
-            b.call(emit_lists(code, visit), [*own, table, pairs, low, high])
+            table = b.address(rows, chunk * ROW * (channels + 1))
+            arguments = [*pointers(chunk), table, weights, offsets, low, high]
+            b.call(emit_lists(code, visit), arguments)
 
         def chunk_by_chunk(height: int) -> None:
             for chunk in range(spec.chunks):
@@ -120,7 +130,7 @@ def emit_sparse_convolution(code: Code, spec: SparseConvolution) -> ir.Function:
                 table = b.address(panel_rows, chunk * 4 * (whole + 1))
                 until = b.smaller_index(stop, i64(whole))
                 function = emit_panels(code, visit, panel)
-                b.call(function, [*own, table, panels, first, until])
+                b.call(function, [*pointers(chunk), table, panels, first, until])
                 if spec.listed:
                     low, high = b.scale(first, panel), b.scale(until, panel)
                     lists(chunk, height, False, low, high)
@@ -138,15 +148,16 @@ def emit_sparse_convolution(code: Code, spec: SparseConvolution) -> ir.Function:
                 with others:
                     chunk_by_chunk(high)
 
-    def all_blocks(first: Value, stop: Value) -> None:
+    def all_blocks(first: Value, stop: Value, x: Value = x) -> None:
         blocks = i64(math.prod(spec.blocks))
-        b.loop(i64(0), blocks, lambda number: block(number, first, stop))
+        b.loop(i64(0), blocks, lambda number: block(number, first, stop, x))
 
     if spec.groups > 1:
-        size = channels // spec.groups
+        size, planes = channels // spec.groups, spec.x.channels // spec.groups * spec.x.plane
 
         def one_group(number: Value) -> None:
-            all_blocks(b.scale(number, size), b.scale(b.add(number, i64(1)), size))
+            first, stop = b.scale(number, size), b.scale(b.add(number, i64(1)), size)
+            all_blocks(first, stop, b.address(x, b.scale(number, planes)))
 
         b.loop(begin, end, one_group)
     elif spec.by_channel:
@@ -180,4 +191,6 @@ def visit_of(spec: SparseConvolution, high: int, first: bool, last: bool) -> Vis
         activation=spec.activation if last else (),
         fill=y.fill if covered else 0.0,
         prefetch=spec.prefetch,
+        bits=spec.bits,
+        step=spec.step,
     )

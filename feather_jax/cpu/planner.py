@@ -268,14 +268,18 @@ class _Planner:
             chunks,
             panel,
             packed.has_lists(panel),
-            schedule.prefetch(op, chunks),
+            schedule.prefetch(packed.length),
+            packed.first,
+            packed.bits,
+            schedule.step(packed.length, packed.bits),
             op.activation,
             by_channel=False,
         )
         if schedule.by_channel(math.prod(kernel.blocks), self.threads):
             kernel = dataclasses.replace(kernel, by_channel=True)
-        arrays = (packed.rows, packed.pairs, packed.panel_rows, packed.panels)
-        weights = map(self.weights.add, (self._bias(op), *arrays))
+        lists = (packed.rows, packed.weights, packed.offsets)
+        arrays = (self._bias(op), *lists, packed.panel_rows, packed.panels)
+        weights = map(self.weights.add, arrays)
         operands = [y, x, residual or y, self._mask(tiles), *weights]
         nonzeros = int(np.count_nonzero(op.weights))
         macs = nonzeros * math.prod(node.shape[:3])

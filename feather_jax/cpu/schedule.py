@@ -3,9 +3,9 @@
 import numpy as np
 
 from feather_jax.cpu.graph import Convolution
-from feather_jax.cpu.pack import in_panels
+from feather_jax.cpu.pack import WORD, in_panels
 from feather_jax.cpu.target import Target
-from feather_jax.cpu.tiles import LINE, Tiles
+from feather_jax.cpu.tiles import FLOAT, LINE, Tiles
 
 # Bytes of input that a block of pixels should read at most, so that it stays in the first cache.
 SLAB = 40_000
@@ -15,6 +15,12 @@ IN_PANELS = 0.5
 
 # Pairs of a row and chunk that pay for reading and storing its accumulators once more.
 LEAST_PAIRS = 10
+
+# Weights of a list, on average, from which on it is gone through by words of offsets.
+LONG = 12
+
+# Cache lines that a list fetches ahead at most: a longer list is a stream that the machine sees.
+MOST_LINES = 16
 
 
 def choose_block(
@@ -77,10 +83,14 @@ def choose_panel(op: Convolution, pixels: int, target: Target) -> int:
     return panel
 
 
-def prefetch(op: Convolution, chunks: int) -> int:
-    """How many cache lines the pairs of a row and chunk are, rounded up, and one more."""
-    pairs = np.count_nonzero(op.weights) / (op.weights.shape[3] * chunks)
-    return min(4, int(-(-8 * pairs // LINE)) + 1)
+def prefetch(length: float) -> int:
+    """How many cache lines a list's weights are on average, and one more."""
+    return min(MOST_LINES, int(FLOAT * length / LINE) + 1)
+
+
+def step(length: float, bits: int) -> int:
+    """How many weights of a list are multiplied at a time, for offsets of so many bits."""
+    return 8 * WORD // bits if length >= LONG else 1
 
 
 def by_channel(blocks: int, threads: int) -> bool:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 import llvmlite.ir as ir
 
-from feather_jax.cpu.emit import F32, I32, I64, Builder, Code, Value, i64, vector_of
+from feather_jax.cpu.emit import F32, I32, I64, Builder, Code, Value, float_vector, i64, vector_of
 from feather_jax.cpu.expressions import emit_steps
 from feather_jax.cpu.graph import Steps
-from feather_jax.cpu.pack import PAIR, panel_bytes
+from feather_jax.cpu.pack import ROW, panel_bytes
 from feather_jax.cpu.tiles import FLOAT, LINE
 
-AHEAD = 2048  # bytes of weights from which on they are fetched into the first cache
+AHEAD = 512  # weights from which on they are fetched into the first cache
+CHAINS = 8  # independent sums that hide the latency of the multiply-add
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Visit:
       first: whether accumulators start from the bias and residual, or from what the output holds.
       activation, fill: applied to the accumulators, and put outside the plane, at the last visit.
       prefetch: how many cache lines of weights are fetched for each list, ahead of its own.
+      bits: of an offset.
+      step: how many weights of a list are multiplied at a time.
     """
 
     lanes: int
@@ -40,11 +43,13 @@ class Visit:
     activation: Steps
     fill: float
     prefetch: int
+    bits: int
+    step: int
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pointers:
-    """The block's first vectors in channel 0, and the biases."""
+    """The block's first vectors in channel 0, of x the chunk's first one, and the biases."""
 
     y: Value
     x: Value
@@ -54,25 +59,23 @@ class _Pointers:
 
 
 def emit_lists(code: Code, visit: Visit) -> ir.Function:
-    """void f(y, x, residual, mask, bias, rows, pairs, begin, end): lists begin to end of `rows`."""
+    """void f(y, x, residual, mask, bias, rows, weights, offsets, begin, end): lists of `rows`."""
 
     def emit() -> ir.Function:
-        b, arguments = code.start("lists", 7)
-        *pointers, rows, pairs, begin, end = arguments
+        b, arguments = code.start("lists", 8)
+        *pointers, rows, weights, offsets, begin, end = arguments
         at = _Pointers(*pointers)
 
         def row(index: Value) -> None:
-            own = b.address(rows, b.scale(index, PAIR))
-            low, high = b.read_index(own), b.read_index(own, PAIR)
+            own = b.address(rows, b.scale(index, ROW))
+            low, high = b.read_index(own), b.read_index(own, ROW)
             channel = b.read_index(own, 4)
             sums = _start(b, visit, at, channel)
-            _prefetch(b, visit, b.address(pairs, b.scale(low, PAIR)))
-
-            def pair(k: Value, *sums: Value) -> list[Value]:
-                weight, offset = _read_pair(b, b.address(pairs, b.scale(k, PAIR)))
-                return _multiply_add(b, visit, [weight], b.address(at.x, offset), sums)
-
-            _finish(b, visit, at, channel, b.loop(low, high, pair, sums))
+            own_weights = b.address(weights, b.scale(low, FLOAT))
+            own_offsets = b.address(offsets, b.scale(low, visit.bits // 8))
+            _prefetch(b, visit, own_weights, own_offsets)
+            sums = _add_list(b, visit, at.x, own_weights, own_offsets, b.sub(high, low), sums)
+            _finish(b, visit, at, channel, sums)
 
         b.loop(begin, end, row)
         b.ret_void()
@@ -100,7 +103,7 @@ def emit_panels(code: Code, visit: Visit, panel: int) -> ir.Function:
 
             def column(k: Value, *sums: Value) -> list[Value]:
                 entry = b.address(panels, b.scale(k, size))
-                b.prefetch(b.address(entry, AHEAD))
+                b.prefetch(b.address(entry, FLOAT * AHEAD))
                 weights = [b.read(entry, F32, FLOAT * (i + 1)) for i in range(panel)]
                 source = b.address(at.x, b.read_index(entry))
                 return _multiply_add(b, visit, weights, source, sums)
@@ -156,18 +159,56 @@ def _finish(b: Builder, visit: Visit, at: _Pointers, channel: Value, sums: Seque
         b.write(total, out, place)
 
 
-def _prefetch(b: Builder, visit: Visit, weights: Value) -> None:
+def _prefetch(b: Builder, visit: Visit, weights: Value, offsets: Value) -> None:
+    """Asks for as much of the lists to come as this one is long."""
     for line in range(visit.prefetch):
-        b.prefetch(b.address(weights, AHEAD + line * LINE))
+        b.prefetch(b.address(weights, FLOAT * AHEAD + line * LINE))
+    for line in range((visit.prefetch - 1) * visit.bits // 32 + 1):
+        b.prefetch(b.address(offsets, visit.bits // 8 * AHEAD + line * LINE))
 
 
-def _read_pair(b: Builder, pair: Value) -> tuple[Value, Value]:
-    """The weight and the offset of a pair.
+def _add_list(
+    b: Builder,
+    visit: Visit,
+    x: Value,
+    weights: Value,
+    offsets: Value,
+    count: Value,
+    sums: Sequence[Value],
+) -> list[Value]:
+    """The accumulators with `count` products, `step` at a time.
 
-    On x86 in one load, the weight going through a general register: that leaves the load units to
-    the activations. Elsewhere a product takes the lane of a register, so the weight is loaded.
+    A word of offsets is read before the products of the one before it, so that no address waits
+    for it. Where there are few vectors, each has several accumulators.
     """
-    if not b.code.target.x86:
-        return b.read(pair, F32), b.read_index(pair, 4)
-    both = b.read(pair, I64)
-    return b.bitcast(b.trunc(both, I32), F32), b.ashr(both, i64(32))
+    vectors, step = len(sums), visit.step
+    copies = max(1, min(step, CHAINS // vectors))
+    unit = visit.lanes * FLOAT
+
+    def read_word(number: Value) -> Value:
+        return b.read(b.address(offsets, b.scale(number, visit.bits // 8)), I64, 0, visit.bits // 8)
+
+    def product(number: Value, word: Value, sums: Sequence[Value]) -> list[Value]:
+        offset = b.sext(b.trunc(word, ir.IntType(visit.bits)), I64)
+        weight = b.read(b.address(weights, b.scale(number, FLOAT)), F32)
+        return _multiply_add(b, visit, [weight], b.address(x, b.scale(offset, unit)), sums)
+
+    def whole_step(number: Value, word: Value, *sums: Value) -> list[Value]:
+        following, results = read_word(b.add(number, i64(step))), list(sums)
+        for i in range(step):
+            own = slice(i % copies * vectors, (i % copies + 1) * vectors)
+            shifted = b.lshr(word, i64(i * visit.bits))
+            results[own] = product(b.add(number, i64(i)), shifted, results[own])
+        return [following, *results]
+
+    def one(number: Value, word: Value, *sums: Value) -> list[Value]:
+        return [b.lshr(word, i64(visit.bits)), *product(number, word, sums)]
+
+    zeros = [float_vector(0.0, visit.lanes)] * (vectors * (copies - 1))
+    whole = b.sub(count, b.urem(count, i64(step)))
+    start = [read_word(i64(0)), *sums, *zeros]
+    word, *results = b.loop(i64(0), whole, whole_step, start, step)
+    while len(results) > vectors:
+        *results, copy = results
+        results[len(results) % vectors] = b.fadd(results[len(results) % vectors], copy)
+    return results if step == 1 else b.loop(whole, count, one, [word, *results])[1:]

@@ -41,18 +41,23 @@ def unpacked(packed: Packed, op: Convolution, x: Tiles, panel: int) -> np.ndarra
         for j in range(width)
     }
     result = np.zeros((outputs, x.channels, height, width), np.float32)
-    for rows in packed.rows:
+    chunks = len(packed.rows)
+    firsts = [packed.first + x.channels * chunk // chunks * x.plane for chunk in range(chunks)]
+    for first, rows in zip(firsts, packed.rows, strict=True):
         for (low, output), (high, _) in itertools.pairwise(rows):
-            for weight, offset in packed.pairs[low:high]:
+            group = output // (outputs // op.groups) * (x.channels // op.groups)
+            own = slice(low, high)
+            for weight, offset in zip(packed.weights[own], packed.offsets[own], strict=True):
                 assert weight
-                result[output, *taps[int(offset)]] += weight
-    for starts in packed.panel_rows if panel else ():
+                place = first + group * x.plane + int(offset) * x.vector
+                result[output, *taps[place]] += weight
+    for first, starts in zip(firsts, packed.panel_rows, strict=True) if panel else ():
         for number, (low, high) in enumerate(itertools.pairwise(starts)):
             for offset, *bits in packed.panels[low:high]:
                 weights = np.array(bits, np.int32).view(np.float32)
                 assert weights.all()
                 part = slice(number * panel, (number + 1) * panel)
-                result[part, *taps[int(offset)]] += weights
+                result[part, *taps[first + int(offset)]] += weights
     return result
 
 
@@ -74,17 +79,37 @@ def test_every_weight_once(density, height, width, chunks, panel, outputs):
     expected = op.weights.transpose(3, 2, 0, 1)
     np.testing.assert_array_equal(unpacked(packed, op, layout(8), panel), expected)
     assert len(packed.rows) == chunks
-    stored = len(packed.pairs) + panel * len(packed.panels)
+    stored = len(packed.weights) + panel * len(packed.panels)
     assert stored == np.count_nonzero(op.weights)
 
 
 def test_chunks_take_their_own_channels():
-    op = Convolution(random((1, 1, 8, 3), 1.0))
-    x = layout(8)
+    op = Convolution(random((1, 1, 32, 3), 1.0))
+    x = layout(32)
     packed = pack(op, x, 4)
-    for number, rows in enumerate(packed.rows):
-        offsets = packed.pairs["offset"][rows[0, 0] : rows[-1, 0]]
-        assert set(offsets // x.plane) == {2 * number, 2 * number + 1}
+    for rows in packed.rows:
+        offsets = packed.offsets[rows[0, 0] : rows[-1, 0]]
+        assert set(offsets * x.vector // x.plane) == set(range(8))
+
+
+def test_lists_end_with_a_word_but_for_the_last():
+    op = Convolution(random((3, 3, 32, 5), 0.4))
+    x = layout(32)
+    packed = pack(op, x, 4)
+    lengths = np.diff(packed.rows[:, :, 0], axis=1)
+    assert not (lengths[:-1] % 4).any()
+    assert lengths.sum() == np.count_nonzero(op.weights)
+    assert len(packed.offsets) * packed.offsets.itemsize == 2 * lengths.sum() + 8
+
+
+def test_offsets_in_more_bits_where_the_input_is_large():
+    wide = choose_tiles((1, 700, 700, 8), 4)  # 122,500 vectors a plane
+    op = Convolution(random((1, 1, 8, 3), 1.0))
+    assert pack(op, wide, 1).offsets.dtype == np.int32
+    np.testing.assert_array_equal(
+        unpacked(pack(op, wide, 1), op, wide, 0), op.weights.transpose(3, 2, 0, 1)
+    )
+    assert pack(op, layout(8), 1).offsets.dtype == np.int16
 
 
 def test_groups_read_their_own_channels():

@@ -76,3 +76,11 @@ def test_lines_between_strides_are_not_read():
     strided = dataclasses.replace(ones(1024, 64), strides=(2, 2))
     assert schedule.choose_block(strided, x, y, AVX512) == ((2, 2), 8)
     assert 4 * 1024 * 64 / 8 <= schedule.SLAB < 4 * 1024 * 64 / 4
+
+
+def test_long_lists_are_read_by_words_of_offsets():
+    assert [schedule.step(50, bits) for bits in (16, 32)] == [4, 2]
+    assert schedule.step(5, 16) == 1
+    assert schedule.prefetch(0) == 1
+    assert schedule.prefetch(20) == 2  # 80 bytes
+    assert schedule.prefetch(1e6) == schedule.MOST_LINES
