@@ -1,26 +1,28 @@
 """Sparse networks on a CPU: `feather_jax.cpu` beside ONNX Runtime, OpenVINO and XLA.
 
-    python -m benchmarks.inference                                # one core, ResNet-50, batch 1
+    python -m benchmarks.inference --int8       # one core, ResNet-50, batch 1; rivals in 8 bits too
     python -m benchmarks.inference --network resnet20 densenet40 imagenet_mobilenet vit_small
     python -m benchmarks.inference --threads 2 --sparsity 0.9 0.95
-    python -m benchmarks.inference --batch 16
-    python -m benchmarks.inference --int8                         # and the rivals in 8 bits
+    python -m benchmarks.inference --batch 16 --rounds 5
+    python -m benchmarks.inference --tables     # measures nothing: prints those of the results
 
 All run in one process that is bound to as many cores as there are threads, in turn, round by round;
 a figure is the median over the rounds, a ratio the median of the rounds' own ratios, so that a
-disturbance meets both sides. One thread is timed by the CPU time of the process, more by the clock.
-`difference` is the largest to XLA's result, over the largest value of that.
+disturbance meets both sides. One thread is timed by the CPU time of the process, more by the clock,
+and then one thread beside them (`over one thread`): on a quiet machine, as a call takes no second
+thread on a busy one. `difference` is the largest to XLA's result, over the largest value of that.
 
 The weights are random. `uniform` prunes every layer alike. `global` leaves of a layer what one
 global threshold leaves about: a share in proportion to (fan-in)^-1/2 and at most all of it, of the
 first layer at least 40 %. The rivals get the same weights as an ONNX model, zeros included; their
 time does not depend on them. Needs onnx, onnxruntime and openvino, which nothing else here does.
 
-Appends to `benchmarks/results/inference.jsonl`.
+Appends to `benchmarks/results/inference.jsonl`; the tables have the latest figures of each case.
 """
 
 import argparse
 import functools
+import json
 import math
 import os
 import statistics
@@ -34,11 +36,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from benchmarks.common import append_result, print_table
+from benchmarks.common import RESULTS, append_result, print_table
 from benchmarks.onnx_model import channels_first, onnx_model
 from feather_jax import cpu
 from feather_jax.cpu.lower import lower
 from feather_jax.cpu.simplify import simplify
+from feather_jax.cpu.target import host
 from train import models
 
 NETWORKS: dict[str, tuple[int, int]] = {  # image size, classes
@@ -198,6 +201,8 @@ def measure(
         difference = np.abs(program(images) - expected).max() / np.abs(expected).max()
         key = f"{sparsity:.0%} {masks}"
         calls[key] = functools.partial(program, images)
+        if threads > 1:
+            calls[f"{key} one thread"] = functools.partial(cpu.compile(traced, images), images)
         rows[key] = {
             "network": name,
             "batch": batch,
@@ -231,12 +236,63 @@ def measure(
         for rival in rivals:
             row[f"{rival} ms"] = round(1e3 * statistics.median(times[rival]), 3)
             row[f"over {rival}"] = round(ratio(times, rival, key), 2)
+        if threads > 1:
+            row["over one thread"] = round(ratio(times, f"{key} one thread", key), 2)
         row["over the better fp32"] = min(row["over onnxruntime"], row["over openvino"])
         if int8:
             row["over the better int8"] = min(
                 row["over onnxruntime int8"], row["over openvino int8"]
             )
     return list(rows.values())
+
+
+def latest_rows() -> list[dict[str, Any]]:
+    """The last row of each case in the results."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    with open(RESULTS / "inference.jsonl") as file:
+        for line in file:
+            for row in json.loads(line)["rows"]:
+                case = ("network", "batch", "threads", "sparsity", "masks")
+                key = tuple(row[name] for name in case)
+                rows[key] = {**rows.get(key, {}), **row}
+    return list(rows.values())
+
+
+def print_tables(rows: Sequence[dict[str, Any]]) -> None:
+    """A table for each network, batch and number of threads."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["batch"], row["threads"]), []).append(row)
+    columns = {
+        "ms": "ms",
+        "over the better fp32": "over fp32",
+        "over the better int8": "over int8",
+        "over one thread": "over one thread",
+    }
+    for (name, batch, threads), own in sorted(groups.items()):
+        print(f"\n{name}, batch {batch}, threads: {threads}\n")
+        cells = {(row["sparsity"], row["masks"]): row for row in own}
+        shown = [
+            (masks, column)
+            for masks in MASKS
+            for column in columns
+            if any(column in row and row["masks"] == masks for row in own)
+        ]
+        table = [
+            [f"{sparsity:.0%}", *(cells.get((sparsity, m), {}).get(c, "") for m, c in shown)]
+            for sparsity in sorted({row["sparsity"] for row in own})
+        ]
+        print_table(["sparsity", *(f"{m}, {columns[c]}" for m, c in shown)], table)
+        last = own[-1]
+        seconds = [row["compile_seconds"] for row in own]
+        rivals = (each for each in last if each.endswith(" ms"))
+        print(
+            f"\nDense: {', '.join(f'{each} {last[each]}' for each in rivals)}. Compiled in "
+            f"{min(seconds)} to {max(seconds)} s, into "
+            f"{min(row['program_bytes'] for row in own) / 1e6:.1f} to "
+            f"{max(row['program_bytes'] for row in own) / 1e6:.1f} MB. Largest difference to XLA "
+            f"{max(row['difference'] for row in own)}."
+        )
 
 
 def main() -> None:
@@ -250,7 +306,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--int8", action="store_true", help="the rivals in 8 bits as well")
+    parser.add_argument("--tables", action="store_true", help="of the results so far")
     args = parser.parse_args()
+    if args.tables:
+        print_tables(latest_rows())
+        return
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.threads :])
     cases = [
@@ -263,7 +323,7 @@ def main() -> None:
         rows = measure(name, cases, args.batch, args.threads, args.rounds, args.int8)
         shown = [{**row, "macs": f"{row['macs'] / 1e6:,.0f} M"} for row in rows]
         print_table(list(shown[0]), [list(row.values()) for row in shown])
-        append_result("inference", {"rows": rows})
+        append_result("inference", {"core": host().cpu, "rows": rows})
 
 
 if __name__ == "__main__":
