@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from train import parallel, program
+from train.errors import UserError
 from train.run.cache import use_compilation_cache
 from train.run.evaluation import evaluate_compiled, evaluate_model, open_data
 from train.store import model_file
@@ -23,15 +24,18 @@ def main(argv: Sequence[str]) -> None:
         action="store_true",
         help="compiled by feather_jax.cpu, with the images a second that it takes beside XLA",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of --compiled")
+    parser.add_argument("--threads", type=int, help="of --compiled; 1 if it is not given")
     parser.add_allow_import()
     arguments = parser.parse_args(argv)
+    if arguments.threads is not None and not arguments.compiled:
+        raise UserError("--threads is of --compiled; without it XLA chooses.")
+    threads = 1 if arguments.threads is None else arguments.threads
     parallel.devices()
     use_compilation_cache()
     model = model_file.load(arguments.model, allow_import=arguments.allow_import)
     data = open_data(model, arguments.data, arguments.data_dir)
     if arguments.compiled:
-        compiled = evaluate_compiled(model, data, arguments.threads)
+        compiled = evaluate_compiled(model, data, threads)
         found = compiled.predictions.figures
     else:
         found = evaluate_model(model, data).figures
@@ -40,9 +44,9 @@ def main(argv: Sequence[str]) -> None:
         f"{data.name} right"
     )
     if arguments.compiled:
-        threads = "1 thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+        own_threads = "1 thread" if threads == 1 else f"{threads} threads"
         program.say(
-            f"{compiled.images_per_second:,.0f} images/s compiled, on {threads}; "
+            f"{compiled.images_per_second:,.0f} images/s compiled, on {own_threads}; "
             f"{compiled.images_per_second_of_xla:,.0f} by XLA; {compiled.batch_size} at a time"
         )
     own = data.name == model.metadata.data["name"]

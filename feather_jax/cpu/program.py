@@ -83,7 +83,7 @@ class Program:
             workspace[: self.plan.counters] = 0
             helpers = [
                 self._pool().submit(self._function, *common, None)
-                for _ in range(0 if _busy() else threads - 1)
+                for _ in range(0 if _busy(threads) else threads - 1)
             ]
             self._function(*common, stamps.ctypes.data if stamps is not None else None)
             for helper in helpers:  # one that has not begun is not needed any more
@@ -193,12 +193,15 @@ def plan_for(lowered: Lowered, target: Target, threads: int = 1) -> tuple[Plan, 
     return plan, weights
 
 
-def _busy() -> bool:
-    """Whether more wants to run than there are cores.
+def _busy(threads: int) -> bool:
+    """Whether more wants to run than there are cores, or than this process may have.
 
     A helper would then be stopped in the middle of a part that the others wait for.
     """
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < min(threads, cores):
+        return True
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > cores + 0.5
 
 
 def _addresses(arrays: Sequence[np.ndarray]) -> ctypes.Array:

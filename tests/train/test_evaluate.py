@@ -169,6 +169,11 @@ def test_compiled_it_gives_the_same_accuracy(finished_run, model, capsys):
     assert all(int(rate.replace(",", "")) > 0 for rate in rates.groups())
 
 
+def test_threads_of_what_is_not_compiled(model, capsys):
+    assert status("--model", model, "--threads", 2) == 2
+    assert "--threads is of --compiled" in capsys.readouterr().err
+
+
 def test_threads_that_are_none(model, capsys):
     assert status("--model", model, "--compiled", "--threads", 0) == 2
     assert "threads is 0" in capsys.readouterr().err

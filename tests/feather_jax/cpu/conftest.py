@@ -18,7 +18,7 @@ from feather_jax.cpu.target import host
 @pytest.fixture(autouse=True)
 def idle_machine(monkeypatch):
     """Threads help, however busy the machine that tests."""
-    monkeypatch.setattr("feather_jax.cpu.program._busy", lambda: False)
+    monkeypatch.setattr("feather_jax.cpu.program._busy", lambda threads: False)
 
 
 @pytest.fixture(scope="session")

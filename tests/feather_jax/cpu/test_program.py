@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import os
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from feather_jax.cpu.program import _busy as BUSY
 from feather_jax.cpu.program import compile as compile_program
 from train.models import build as build_model
 
@@ -204,11 +206,20 @@ def test_small_functions_keep_to_one_thread():
     assert program.plan.threads == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sets of cores")
+def test_a_process_of_one_core_is_busy_with_one_thread(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    for cores, threads, busy in ((1, 2, True), (2, 2, False), (2, 3, True), (4, 8, False)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        assert BUSY(threads) == busy
+
+
 def test_a_busy_machine_gets_no_helpers(residual, monkeypatch):
     monkeypatch.setattr("feather_jax.cpu.program.WORTH_THREADS", 0)
     function, images = residual
     program = compile_program(function, images, threads=2)
     expected = program(images)
-    monkeypatch.setattr("feather_jax.cpu.program._busy", lambda: True)
+    monkeypatch.setattr("feather_jax.cpu.program._busy", lambda threads: True)
     monkeypatch.setattr(program, "_pool", None)  # calling it would fail
     np.testing.assert_array_equal(program(images), expected)
