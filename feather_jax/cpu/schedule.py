@@ -8,13 +8,16 @@ from feather_jax.cpu.target import Target
 from feather_jax.cpu.tiles import FLOAT, LINE, Tiles
 
 # Bytes of input that a block of pixels should read at most, so that it stays in the first cache.
-SLAB = 40_000
+SLAB = 36_000
 
 # The share of a layer's weights that must be in panels for panels to pay.
 IN_PANELS = 0.5
 
 # Pairs of a row and chunk that pay for reading and storing its accumulators once more.
-LEAST_PAIRS = 10
+LEAST_PAIRS = 15
+
+# Input channels of a chunk, at least.
+LEAST_INPUTS = 8
 
 # Weights of a list, on average, from which on it is gone through by words of offsets.
 LONG = 12
@@ -29,8 +32,9 @@ def choose_block(
     """Chooses a block of pixels, and the number of chunks of input channels.
 
     The block fills the registers, so that there are few blocks; of those that need as many, the one
-    that reads the fewest cache lines, and the widest, whose vectors are neighbours. Chunks halve
-    what it reads until that fits the first cache, as long as enough non-zeros remain to a row.
+    that reads the fewest cache lines, and the widest, whose vectors are neighbours. There
+    are as many chunks as make what it reads fit the first cache, while enough non-zeros are left to
+    a row.
 
     Returns:
       Rows and columns of the block, and the number of chunks.
@@ -53,10 +57,8 @@ def choose_block(
 
     inputs, outputs = op.weights.shape[2:]
     pairs, slab = np.count_nonzero(op.weights) / outputs, _slab(op, x, block)
-    chunks = 1
-    while slab > SLAB * chunks and pairs > 2 * chunks * LEAST_PAIRS and inputs >= 16 * chunks:
-        chunks *= 2
-    return block, chunks
+    chunks = min(-(-slab // SLAB), int(pairs / LEAST_PAIRS), inputs // LEAST_INPUTS)
+    return block, max(1, chunks)
 
 
 def _slab(op: Convolution, x: Tiles, block: tuple[int, int]) -> int:

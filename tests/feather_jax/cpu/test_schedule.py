@@ -29,15 +29,14 @@ def test_blocks_fit_registers_and_tiles(height, width, inputs):
     assert rows <= tiles.tile[0]
     blocks = -(-tiles.tile[0] // rows) * (tiles.tile[1] // columns)
     assert blocks >= math.prod(tiles.tile) / AVX512.accumulators
-    assert chunks >= 1
-    assert inputs % chunks == 0
+    assert 1 <= chunks <= max(1, inputs // schedule.LEAST_INPUTS)
 
 
 def test_chunks_make_the_slab_fit():
     tiles = choose_tiles((1, 14, 14, 1024), 16)
     block, chunks = schedule.choose_block(ones(1024, 64), tiles, tiles, AVX512)
     line_bytes = 64 * math.prod(block)
-    assert 1024 * line_bytes / chunks <= schedule.SLAB < 1024 * line_bytes / (chunks // 2)
+    assert 1024 * line_bytes / chunks <= schedule.SLAB < 1024 * line_bytes / (chunks - 1)
 
 
 def test_few_weights_are_not_cut_up():
@@ -75,7 +74,7 @@ def test_lines_between_strides_are_not_read():
     x, y = choose_tiles((1, 16, 16, 1024), 16), choose_tiles((1, 8, 8, 64), 16)
     strided = dataclasses.replace(ones(1024, 64), strides=(2, 2))
     assert schedule.choose_block(strided, x, y, AVX512) == ((2, 2), 8)
-    assert 4 * 1024 * 64 / 8 <= schedule.SLAB < 4 * 1024 * 64 / 4
+    assert 4 * 1024 * 64 / 8 <= schedule.SLAB < 4 * 1024 * 64 / 7
 
 
 def test_long_lists_are_read_by_words_of_offsets():
