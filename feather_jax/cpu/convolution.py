@@ -15,7 +15,7 @@ from feather_jax.cpu.emit import Code, Value, i64
 from feather_jax.cpu.graph import Steps
 from feather_jax.cpu.pack import ROW
 from feather_jax.cpu.tiles import Tiles, mask_tiles
-from feather_jax.cpu.visit import Visit, emit_lists, emit_panels
+from feather_jax.cpu.visit import Visit, emit_lists, emit_panels, emit_taps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class SparseConvolution:
       first: bytes from a block's first pixel to the first vector that is read for it.
       bits: of an offset.
       step: how many weights of a list are multiplied at a time.
+      taps: of a depthwise convolution without zeros, bytes from the first vector to what each
+        weight of a channel multiplies; its lists are not gone through.
       activation: steps of one argument.
       by_channel: whether work items are output channels.
     """
@@ -56,6 +58,7 @@ class SparseConvolution:
     first: int
     bits: int
     step: int
+    taps: tuple[int, ...]
     activation: Steps
     by_channel: bool
 
@@ -116,6 +119,10 @@ def emit_sparse_convolution(code: Code, spec: SparseConvolution) -> ir.Function:
         def lists(chunk: int, height: int, start: bool, low: Value, high: Value) -> None:
             """The lists of channels low to high; `start` if nothing has been added up for them."""
             visit = visit_of(spec, height, chunk == 0 and start, chunk == spec.chunks - 1)
+            if spec.taps:
+                function = emit_taps(code, visit, spec.taps)
+                b.call(function, [*pointers(chunk), weights, low, high])
+                return
             table = b.address(rows, chunk * ROW * (channels + 1))
             arguments = [*pointers(chunk), table, weights, offsets, low, high]
             b.call(emit_lists(code, visit), arguments)

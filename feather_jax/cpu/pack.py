@@ -78,13 +78,9 @@ def pack(op: Convolution, x: Tiles, chunks: int, panel: int = 0) -> Packed:
       ValueError: a chunk's input is so large that an offset in bytes does not fit 31 bits.
     """
     height, width, inputs, outputs = op.weights.shape
-    (top, _), (left, _) = op.padding
-    down, across = (
-        np.arange(taps) * step - before
-        for taps, step, before in zip((height, width), op.dilation, (top, left), strict=True)
-    )
-    places = down[:, None] * x.columns + across
-    vectors = np.arange(inputs)[:, None, None] * (x.plane // x.vector) + places - places.min()
+    places = _places(op, x)
+    first = int(places.min())
+    vectors = np.arange(inputs)[:, None, None] * (x.plane // x.vector) + places - first
     if vectors.max(initial=0) * x.vector >= 1 << 31:
         raise ValueError("A layer's input is larger than 2 GiB; compile for a smaller batch.")
 
@@ -100,7 +96,26 @@ def pack(op: Convolution, x: Tiles, chunks: int, panel: int = 0) -> Packed:
         panel_rows, panels = _pack_panels(grouped, common, columns, x.vector)
         listed[: count * panel] &= ~np.repeat(common, panel, 0)
     lists = _pack_lists(weights, listed, columns)
-    return Packed(*lists, panel_rows, panels, int(places.min()) * x.vector)
+    return Packed(*lists, panel_rows, panels, first * x.vector)
+
+
+def taps(op: Convolution, x: Tiles) -> tuple[int, ...]:
+    """Where a depthwise convolution without zeros reads, in bytes behind its first tap.
+
+    The weights of its lists are then [output channels, taps]. Empty for any other convolution.
+    """
+    if op.groups == 1 or op.weights.shape[2] != 1 or not op.weights.all():
+        return ()
+    places = _places(op, x)
+    return tuple(((places - places.min()) * x.vector).ravel().tolist())
+
+
+def _places(op: Convolution, x: Tiles) -> np.ndarray:
+    """Where taps read, [height, width], in vectors behind a pixel."""
+    (top, _), (left, _) = op.padding
+    sides = zip(op.weights.shape[:2], op.dilation, (top, left), strict=True)
+    down, across = (np.arange(size) * step - before for size, step, before in sides)
+    return down[:, None] * x.columns + across
 
 
 @dataclasses.dataclass(frozen=True)

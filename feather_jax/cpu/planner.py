@@ -32,7 +32,7 @@ from feather_jax.cpu.graph import (
 )
 from feather_jax.cpu.images import is_by_image, one_image
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles, pixels, places
-from feather_jax.cpu.pack import pack
+from feather_jax.cpu.pack import pack, taps
 from feather_jax.cpu.plan import Array, Copy, Kernel, Place, Plan, RowsKernel, Step
 from feather_jax.cpu.target import Target
 from feather_jax.cpu.tiled import TiledElementwise, TiledPool, TiledReduce
@@ -272,6 +272,7 @@ class _Planner:
             packed.first,
             packed.bits,
             schedule.step(packed.length, packed.bits),
+            taps(op, x_tiles),
             op.activation,
             by_channel=False,
         )

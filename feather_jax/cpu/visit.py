@@ -119,6 +119,40 @@ def emit_panels(code: Code, visit: Visit, panel: int) -> ir.Function:
     return code.function(("panels", visit, panel), emit)
 
 
+def emit_taps(code: Code, visit: Visit, taps: tuple[int, ...]) -> ir.Function:
+    """void f(y, x, residual, mask, bias, weights, begin, end): channels that read one plane of x.
+
+    `taps` are where the weights of a channel find what they multiply, bytes behind x. A vector that
+    several pixels read is read once.
+    """
+    readers: dict[int, list[tuple[int, int]]] = {}  # pixels and taps, by the vector that they read
+    for pixel, place in enumerate(visit.reads):
+        for number, tap in enumerate(taps):
+            readers.setdefault(place + tap, []).append((pixel, number))
+
+    def emit() -> ir.Function:
+        b, arguments = code.start("taps", 6)
+        *pointers, weights, begin, end = arguments
+        at, kind = _Pointers(*pointers), vector_of(visit.lanes)
+
+        def row(channel: Value) -> None:
+            own = b.address(weights, b.scale(channel, FLOAT * len(taps)))
+            numbers = range(len(taps))
+            factors = [b.splat(b.read(own, F32, FLOAT * i), visit.lanes) for i in numbers]
+            sums = _start(b, visit, at, channel)
+            for place in sorted(readers):
+                vector = b.read(at.x, kind, place)
+                for pixel, number in readers[place]:
+                    sums[pixel] = b.multiply_add(factors[number], vector, sums[pixel])
+            _finish(b, visit, at, channel, sums)
+
+        b.loop(begin, end, row)
+        b.ret_void()
+        return b.function
+
+    return code.function(("taps", visit, taps), emit)
+
+
 def _start(b: Builder, visit: Visit, at: _Pointers, channel: Value) -> list[Value]:
     """The accumulators of a channel."""
     kind = vector_of(visit.lanes)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feather_jax.cpu.graph import Convolution
-from feather_jax.cpu.pack import Packed, in_panels, pack
+from feather_jax.cpu.pack import Packed, in_panels, pack, taps
 from feather_jax.cpu.tiles import Tiles, choose_tiles
 
 rng = np.random.default_rng(0)
@@ -121,6 +121,21 @@ def test_groups_read_their_own_channels():
             weights[output, own], op.weights[:, :, :, output].transpose(2, 0, 1)
         )
         assert not np.delete(weights[output], own, 0).any()
+
+
+def test_taps_of_a_depthwise_convolution():
+    """What they are for a channel is what its list says."""
+    op = Convolution(random((3, 2, 1, 8), 1.0), padding=((1, 1), (1, 1)), groups=4)
+    packed = pack(op, layout(4), 1)
+    offsets = packed.offsets[: 8 * 6].reshape(8, 6) * layout(4).vector
+    np.testing.assert_array_equal(offsets, np.tile(taps(op, layout(4)), (8, 1)))
+    np.testing.assert_array_equal(
+        packed.weights.reshape(8, 3, 2), op.weights[:, :, 0].transpose(2, 0, 1)
+    )
+    assert not taps(dataclasses.replace(op, groups=1), layout(1))
+    some = op.weights.copy()
+    some[0, 0, 0, 0] = 0
+    assert not taps(dataclasses.replace(op, weights=some), layout(4))
 
 
 @pytest.mark.parametrize("panel", [2, 3])
