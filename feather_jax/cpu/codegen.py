@@ -24,7 +24,7 @@ from feather_jax.cpu.layouts import (
     emit_to_rows,
     emit_to_tiles,
 )
-from feather_jax.cpu.plan import Copy, Kernel, Place, Plan, RowsKernel
+from feather_jax.cpu.plan import Copy, Kernel, Place, Plan, RowsKernel, step_bytes
 from feather_jax.cpu.target import Target
 from feather_jax.cpu.tiled import (
     TiledElementwise,
@@ -44,7 +44,7 @@ from feather_jax.cpu.transpose import (
 
 ENTRY = "feather_run"
 
-PARTS = 2  # of a step's work for each thread
+PARTS = 2  # of a thread's share of a step
 SPINS = 1000  # looks at a counter that others change, about 2 us, before the thread yields
 
 
@@ -93,6 +93,7 @@ def emit_program(plan: Plan, target: Target, timed: bool = True) -> ir.Module:
     b = Builder(code, function)
     inputs, outputs, workspace, weights, stamps = function.args
     bases = {"workspace": workspace, "weights": weights}
+    me = b.atomic_rmw("add", workspace, i64(1), "acq_rel") if plan.threads > 1 else i64(0)
 
     def operand(place: Place, turn: Value) -> Value:
         if place.space in bases:
@@ -117,8 +118,10 @@ def emit_program(plan: Plan, target: Target, timed: bool = True) -> ir.Module:
             if plan.threads == 1:
                 b.call(kernel, [*operands, i64(0), i64(items)])
             else:
-                counter = b.address(workspace, b.scale(index, 2 * LINE))
-                _call_shared(b, kernel, operands, items, plan.threads, counter)
+                counters = b.scale(index, step_bytes(plan.threads))
+                own = b.address(b.address(workspace, LINE), counters)
+                parts = parts_of(step.kernel, plan.threads)
+                _call_shared(b, kernel, operands, items, (me, plan.threads, parts), own)
             stamp(b.add(index, i64(1)))
 
     stamp(i64(0))
@@ -130,39 +133,69 @@ def emit_program(plan: Plan, target: Target, timed: bool = True) -> ir.Module:
     return code.module
 
 
+def parts_of(kernel: Kernel, threads: int) -> int:
+    """Into how many parts a kernel's work is cut.
+
+    A part of some output channels reads all of the input: then a thread's share is one.
+    """
+    by_channel = isinstance(kernel, SparseConvolution) and kernel.by_channel
+    return min(kernel.items, threads if by_channel else PARTS * threads)
+
+
 def _call_shared(
     b: Builder,
     kernel: ir.Function,
     operands: list[Value],
     items: int,
-    threads: int,
-    counter: Value,
+    sharing: tuple[Value, int, int],
+    counters: Value,
 ) -> None:
-    """Calls a kernel part by part, each part by whichever thread comes first.
+    """Calls a kernel part by part: those of a thread's own share, then what others left.
 
-    Nobody waits for a thread that has not come: a step is done when its parts are. The first
-    counter is of the parts that were taken, the second, a cache line further, of those done. Who
+    The same share of one step after another is much of the same memory, which stays in the cache of
+    its thread. Nobody waits for a thread that has not come: a step is done when its parts are. The
+    counters are of the parts that were taken from each share, and behind them of those done. Who
     waits for the others' parts spins for some microseconds and then lets other processes run.
+
+    Args:
+      sharing: the thread's number, of how many, and of how many parts.
+      counters: `step_bytes` bytes, zero before the first thread comes.
     """
-    parts = min(items, PARTS * threads)
-    done = b.address(counter, LINE)
-    names = ("take", "work", "look", "spin", "rest", "behind")
-    take, work, look, spin, rest, behind = (b.append_basic_block(name) for name in names)
-    b.branch(take)
+    me, threads, parts = sharing
+    done = b.address(counters, step_bytes(threads) - LINE)
 
-    b.position_at_end(take)
-    part = b.atomic_rmw("add", counter, i64(1), "acq_rel")
-    b.cbranch(b.icmp_signed("<", part, i64(parts)), work, look)
+    def cut(number: Value, whole: int, pieces: int) -> Value:
+        return b.sdiv(b.scale(number, whole), i64(pieces))
 
-    b.position_at_end(work)
-    bounds = [b.sdiv(b.scale(b.add(part, i64(i)), items), i64(parts)) for i in (0, 1)]
-    b.call(kernel, [*operands, *bounds])
-    b.atomic_rmw("add", done, i64(1), "acq_rel")
-    b.branch(take)
+    def share(turn: Value) -> None:
+        number = b.srem(b.add(me, turn), i64(threads))
+        low, high = (cut(b.add(number, i64(i)), parts, threads) for i in (0, 1))
+        taken = b.address(counters, b.scale(number, 8))
+        take, work, left = (b.append_basic_block(name) for name in ("take", "work", "left"))
+        b.branch(take)
+
+        b.position_at_end(take)
+        part = b.add(low, b.atomic_rmw("add", taken, i64(1), "acq_rel"))
+        b.cbranch(b.icmp_signed("<", part, high), work, left)
+
+        b.position_at_end(work)
+        bounds = [cut(b.add(part, i64(i)), items, parts) for i in (0, 1)]
+        b.call(kernel, [*operands, *bounds])
+        b.atomic_rmw("add", done, i64(1), "acq_rel")
+        b.branch(take)
+
+        b.position_at_end(left)
+
+    b.loop(i64(0), i64(threads), share)
+    before = b.block
+    look, spin, rest, behind = (
+        b.append_basic_block(name) for name in ("look", "spin", "rest", "behind")
+    )
+    b.branch(look)
 
     b.position_at_end(look)
     turns = b.phi(I64)
-    turns.add_incoming(i64(0), take)
+    turns.add_incoming(i64(0), before)
     finished = b.load_atomic(done, "acquire", 8, typ=I64)
     b.cbranch(b.icmp_signed("<", finished, i64(parts)), spin, behind)
 

@@ -140,7 +140,7 @@ class Plan:
     @property
     def counters(self) -> int:
         """Bytes at the start of the working memory with which threads share the steps."""
-        return 2 * LINE * len(self.steps) * self.turns if self.threads > 1 else 0
+        return counter_bytes(self.threads, len(self.steps) * self.turns)
 
     @property
     def macs(self) -> int:
@@ -163,6 +163,16 @@ class Plan:
         size = f"{self.workspace:,} bytes{turns}"
         rows.append(("all", size, "", f"{nonzeros:,}", f"{self.macs:,}"))
         return format_table(("layer", "kernel", "result", "non-zeros", "MACs"), rows)
+
+
+def counter_bytes(threads: int, steps: int) -> int:
+    """Bytes with which threads share steps: a cache line of who has come, and each step's."""
+    return LINE + steps * step_bytes(threads) if threads > 1 else 0
+
+
+def step_bytes(threads: int) -> int:
+    """Bytes of a step's counters: one for each thread, and on another cache line one for all."""
+    return LINE * (-(-8 * threads // LINE) + 1)
 
 
 def describe(kernel: Kernel) -> str:

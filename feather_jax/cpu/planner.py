@@ -33,10 +33,19 @@ from feather_jax.cpu.graph import (
 from feather_jax.cpu.images import is_by_image, one_image
 from feather_jax.cpu.layouts import Halo, Retile, ToRows, ToTiles, pixels, places
 from feather_jax.cpu.pack import pack, taps
-from feather_jax.cpu.plan import Array, Copy, Kernel, Place, Plan, RowsKernel, Step
+from feather_jax.cpu.plan import (
+    Array,
+    Copy,
+    Kernel,
+    Place,
+    Plan,
+    RowsKernel,
+    Step,
+    counter_bytes,
+)
 from feather_jax.cpu.target import Target
 from feather_jax.cpu.tiled import TiledElementwise, TiledPool, TiledReduce
-from feather_jax.cpu.tiles import LINE, NO_HALO, Tiles, mask_of
+from feather_jax.cpu.tiles import NO_HALO, Tiles, mask_of
 from feather_jax.cpu.transpose import RowsToTiles, TilesToRows, has_squares, tile_rows
 
 # From this share of non-zeros on, a product with a vector takes the whole matrix.
@@ -115,7 +124,7 @@ class _Planner:
     def plan(self) -> Plan:
         """The steps with places."""
         places, size = place_blocks(self._drafts, self._blocks)
-        counters = 2 * LINE * len(self._drafts) * self.turns if self.threads > 1 else 0
+        shared = counter_bytes(self.threads, len(self._drafts) * self.turns)
         steps = tuple(
             Step(
                 draft.layer,
@@ -123,7 +132,7 @@ class _Planner:
                 tuple(
                     each
                     if isinstance(each, Place)
-                    else Place("workspace", counters + places[each.number] + each.offset)
+                    else Place("workspace", shared + places[each.number] + each.offset)
                     for each in draft.operands
                 ),
                 draft.node.shape,
@@ -136,7 +145,7 @@ class _Planner:
             tuple(self._all_turns(node) for node in nodes)
             for nodes in (self.graph.inputs, self.graph.outputs)
         )
-        return Plan(inputs, outputs, steps, counters + size, self.threads, self.turns)
+        return Plan(inputs, outputs, steps, shared + size, self.threads, self.turns)
 
     def _all_turns(self, node: Node) -> Array:
         """An argument or result as the caller has it."""
