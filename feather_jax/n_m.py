@@ -1,8 +1,10 @@
 """N:M patterns: the N largest of every M consecutive weights along the input axis."""
 
+import functools
 import operator
 import warnings
-from typing import SupportsIndex
+from collections.abc import Callable
+from typing import SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from jaxtyping import Array, Float, PyTree, ScalarLike
 from feather_jax.magnitude import Magnitude, has_one_input_axis, like_weights, measure
 from feather_jax.masks import Mask, map_prefix, path_name, pruning_mask
 from feather_jax.selection import global_threshold
+
+_OfTwo: TypeAlias = Callable[[Array, Array], Array]
 
 
 def n_m_thresholds(
@@ -171,14 +175,27 @@ def _group_thresholds(
 
 
 def _order_statistic(values: list[Array], rank: int) -> Array:
-    """The value at `rank` in sorted order, elementwise, by as few rounds of bubble sort."""
-    first, last = jnp.minimum, jnp.maximum
-    if rank >= len(values) / 2:  # fewer rounds from the other end
-        first, last, rank = last, first, len(values) - 1 - rank
-    for _ in range(rank + 1):
-        found, *others = values
-        values = []
-        for other in others:
-            values.append(last(found, other))
-            found = first(found, other)
-    return found
+    """The value at `rank` in sorted order, elementwise, without sorting more than it takes."""
+    least, most = lax.min, lax.max
+    if rank >= len(values) / 2:  # fewer from the other end
+        least, most, rank = most, least, len(values) - 1 - rank
+    return _first(values, rank + 1, least, most)[-1]
+
+
+def _first(values: list[Array], count: int, least: _OfTwo, most: _OfTwo) -> list[Array]:
+    """Up to `count` values in sorted order, elementwise, merged from those of both halves.
+
+    The k-th of two sorted lists is the least, over all i, of the larger of the i-th of one and the
+    (k - i)-th of the other.
+    """
+    if len(values) == 1:
+        return values
+    middle = len(values) // 2
+    a, b = (_first(half, count, least, most) for half in (values[:middle], values[middle:]))
+
+    def at(k: int) -> Array:
+        alone = [half[k - 1] for half in (a, b) if k <= len(half)]
+        taken = range(max(1, k - len(b)), min(k - 1, len(a)) + 1)
+        return functools.reduce(least, [*alone, *(most(a[i - 1], b[k - i - 1]) for i in taken)])
+
+    return [at(k) for k in range(1, min(count, len(a) + len(b)) + 1)]
