@@ -7,7 +7,6 @@ four or five rounds leave no weight in between. Whatever the sample says, the co
 so the result is that of sorting, for every input.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -184,12 +183,10 @@ def draw(
     for leaf in leaves:
         here = shares[row : row + len(leaf.padding)]
         values = sample(leaf, max(here)).astype(dtype)
-        length, of = values.shape[1], leaf.values.size // len(here)
         # As many of each row as its share, whatever was drawn, so that all stand for as much.
-        for share, zeros in zip(here, leaf.padding, strict=True):
-            filled = max(length - math.ceil(length * zeros / of), 1)
-            indices.append(end + np.arange(share) * filled // share)
-            end += length
+        for share in here:
+            indices.append(end + np.arange(share) * values.shape[1] // share)
+            end += values.shape[1]
         drawn.append(values.ravel())
         row += len(here)
     values = jnp.concatenate(drawn)[np.concatenate(indices)]
@@ -221,7 +218,8 @@ def interpolated(
     in a narrow bracket is the same as weights that are spread evenly.
     """
     even = left / count
-    position = jnp.log1p(-left / above) / jnp.log1p(-count / above)
+    logarithms = jnp.log1p(-jnp.stack([left, count]) / above)
+    position = logarithms[0] / logarithms[1]
     deviation = _deviation(even, count) + _DISAGREEMENT * jnp.abs(position - even)
     positions = jnp.clip(position[:, None] + _SPREAD * deviation[:, None], 0, 1)
 

@@ -5,8 +5,8 @@ of them is small and the same everywhere, so that the search knows nothing of ei
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,30 @@ from jaxtyping import Array, UInt, UInt32
 
 # Leaves of at most as many weights are copied into one array where they are not looked at apart.
 _SMALL_LEAF = 2**18
+# Where they are looked at apart, each fills lines of at most as many weights.
+_LINE = 2**12
 
 
 class Leaf(NamedTuple):
     """Magnitudes of a leaf of the parameters, which is one row, or of several small ones."""
 
     values: Array  # weights, of which |w| is taken in every pass, or magnitudes
-    padding: tuple[int, ...]  # of each row, one or as many as `values` has, the zeros it ends with
+    padding: tuple[int, ...]  # of each row the zeros that it ends with
     repeat: int  # how many weights each value stands for
     axes: tuple[str, ...]  # the manual axes of the mesh over which the devices have different parts
+    lines: tuple[int, ...] = (1,)  # of each row, how many of the lines of `values` it takes
+
+    @property
+    def filled(self) -> list[int]:
+        """The values of each row, without its padding."""
+        length = self.values.size // sum(self.lines)
+        return [n * length - zeros for n, zeros in zip(self.lines, self.padding, strict=True)]
 
     @property
     def sizes(self) -> list[int]:
         """The weights of each row, on all devices."""
         copies = self.repeat * lax.axis_size(self.axes)
-        length = self.values.size // len(self.padding)
-        return [(length - zeros) * copies for zeros in self.padding]
+        return [filled * copies for filled in self.filled]
 
 
 class Survey(NamedTuple):
@@ -51,7 +59,7 @@ def survey(leaves: list[Leaf], candidates: UInt[Array, "rows k"]) -> Survey:
     sign, most = np.iinfo(bits).bits - 1, bits.type(np.iinfo(bits).max)
     rows = [len(leaf.padding) for leaf in leaves]
     origins = [origin[end - n : end] for n, end in zip(rows, np.cumsum(rows), strict=True)]
-    found = [_survey_leaf(leaf.values, each) for leaf, each in zip(leaves, origins, strict=True)]
+    found = [_survey_leaf(leaf, each) for leaf, each in zip(leaves, origins, strict=True)]
     count, below, above, largest = (
         jnp.stack([jnp.concatenate(column) for column in zip(*results, strict=True)], axis=1)
         for results in zip(*found, strict=True)
@@ -77,21 +85,42 @@ def _by_row(leaves: list[Leaf], values: Sequence, dtype: DTypeLike) -> np.ndarra
     return np.repeat(np.array(values, dtype), [len(leaf.padding) for leaf in leaves])[:, None]
 
 
-def _survey_leaf(
-    leaf: Array, origin: UInt[Array, "rows k"]
-) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
+_Found: TypeAlias = tuple[list[Array], list[Array], list[Array], list[Array]]
+"""Counts, largest and least differences, and the largest weights."""
+
+
+def _survey_leaf(leaf: Leaf, origin: UInt[Array, "rows k"]) -> _Found:
     """Of each origin, one above a candidate: how many weights lie below it, and the differences to
     the nearest at or below the candidate and to the nearest above; and the largest weight.
     """
     bits = origin.dtype
-    sign, most = np.iinfo(bits).bits - 1, bits.type(np.iinfo(bits).max)
-    rows, k = origin.shape
-    magnitudes = magnitude_bits(leaf, bits)
+    sign = np.iinfo(bits).bits - 1
+    rows, lines = len(leaf.lines), sum(leaf.lines)
+    row = np.repeat(np.arange(rows), leaf.lines)  # of each line
+    magnitudes = magnitude_bits(leaf.values, bits)
     # At or below a candidate the difference wraps around: its sign bit counts, its maximum is
     # the nearest weight there, and its minimum, unless it too has wrapped, the nearest above.
-    columns = origin.T[..., None] if rows > 1 else origin[0]
+    columns = origin[row].T[..., None] if lines > 1 else origin[0]
     differences = [magnitudes - column for column in columns]
     counted = [(difference >> sign).astype(jnp.uint32) for difference in differences]
+    found = _merged(
+        (counted, differences, differences, [magnitudes]), range(lines > 1, magnitudes.ndim)
+    )
+    if lines > rows:
+        own = row[:, None] == np.arange(rows)
+        each = jax.tree.map(
+            lambda x, nothing: jnp.where(own, x[:, None], nothing), found, _nothing(found)
+        )
+        found = _merged(each, [0])
+    return jax.tree.map(lambda x: x.reshape(rows), found)
+
+
+def _merged(found: _Found, axes: Iterable[int]) -> _Found:
+    """Several along axes as one.
+
+    Several results of one reduction are one pass, and XLA's CPU backend rewrites a reduction with a
+    single result into slower ones that materialise its operand.
+    """
 
     def combine(x, y):
         pairs = [list(zip(*parts, strict=True)) for parts in zip(x, y, strict=True)]
@@ -100,15 +129,16 @@ def _survey_leaf(
             for merge, part in zip((lax.add, lax.max, lax.min, lax.max), pairs, strict=True)
         )
 
-    # Several results of one reduction are one pass, and XLA's CPU backend rewrites a reduction
-    # with a single result into slower ones that materialise its operand.
-    found = lax.reduce(
-        (counted, differences, differences, [magnitudes]),
-        ([np.uint32(0)] * k, [bits.type(0)] * k, [most] * k, [bits.type(0)]),
-        combine,
-        tuple(range(int(rows > 1), leaf.ndim)),
-    )
-    return jax.tree.map(lambda x: x.reshape(rows), found)
+    return lax.reduce(found, _nothing(found), combine, tuple(axes))
+
+
+def _nothing(found: _Found) -> tuple[list[Any], ...]:
+    """What changes nothing that it is merged with."""
+    counts, below, above, largest = found
+    bits = largest[0].dtype.type
+    most = bits(np.iinfo(bits).max)
+    none = [np.uint32(0)] * len(counts), [bits(0)] * len(below), [most] * len(above)
+    return (*none, [bits(0)] * len(largest))
 
 
 def magnitude_bits(leaf: Array, bits: DTypeLike) -> UInt[Array, "..."]:
@@ -125,39 +155,42 @@ def put_together(leaves: Sequence[Leaf], *, apart: bool) -> tuple[list[Leaf], np
 
     Args:
       leaves: of one row each.
-      apart: whether each remains a row of its own, padded to a length that others have.
+      apart: whether each remains a row of its own, of lines of the same length for all.
 
     Returns:
       The leaves, and of each of the given ones the row that it is in.
     """
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        size = leaf.values.size
-        if size > _SMALL_LEAF or not _is_whole(leaf.values):
+        if leaf.values.size > _SMALL_LEAF or not _is_whole(leaf.values):
             groups[i] = [i]
         else:
-            length = 4 ** math.ceil(math.log(size, 4)) if apart else None
-            kind = (length, leaf.values.dtype, leaf.repeat, leaf.axes)
-            groups.setdefault(kind, []).append(i)
+            groups.setdefault((leaf.values.dtype, leaf.repeat, leaf.axes), []).append(i)
     order = [i for members in groups.values() for i in members]
     rows = np.argsort(order) if apart else np.zeros(len(leaves), int)
+    join = _as_rows if apart else _as_one
     together = [
-        _join([leaves[i] for i in members], kind[0]) if isinstance(kind, tuple) else leaves[kind]
-        for kind, members in groups.items()
+        join([leaves[i] for i in members]) if len(members) > 1 else leaves[members[0]]
+        for members in groups.values()
     ]
     return together, rows
 
 
-def _join(leaves: list[Leaf], length: int | None) -> Leaf:
-    """Leaves as rows of a `length`, or one after another."""
+def _as_one(leaves: list[Leaf]) -> Leaf:
+    """Leaves one after another."""
+    return leaves[0]._replace(values=jnp.concatenate([leaf.values.ravel() for leaf in leaves]))
+
+
+def _as_rows(leaves: list[Leaf]) -> Leaf:
+    """Leaves as rows of as many lines as each needs."""
     arrays = [leaf.values.ravel() for leaf in leaves]
-    if length is None:
-        return leaves[0]._replace(values=jnp.concatenate(arrays))
-    padding = [length - array.size for array in arrays]
+    length = min(max(array.size for array in arrays), _LINE)
+    padding = [-array.size % length for array in arrays]
     zeros = [np.zeros(missing, arrays[0].dtype) for missing in padding]
     parts = [part for row in zip(arrays, zeros, strict=True) for part in row if part.size]
+    lines = tuple(math.ceil(array.size / length) for array in arrays)
     values = jnp.concatenate(parts).reshape(-1, length)
-    return leaves[0]._replace(values=values, padding=tuple(padding))
+    return leaves[0]._replace(values=values, padding=tuple(padding), lines=lines)
 
 
 def _is_whole(leaf: Array) -> bool:
@@ -173,13 +206,17 @@ def _is_whole(leaf: Array) -> bool:
 
 def sample(leaf: Leaf, size: int) -> Array:
     """About `size` of the values of each row, on all devices, at regular distances."""
-    rows = len(leaf.padding)
-    if _is_whole(leaf.values):
-        flat = leaf.values.reshape(rows, -1)
-        # An odd stride takes every column of a leaf whose last dimension is even.
-        values = flat[:, :: max(flat.shape[1] // size, 1) | 1]
+    rows = len(leaf.lines)
+    # An odd stride takes every column of a leaf whose last dimension is even.
+    strides = [max(filled // size, 1) | 1 for filled in leaf.filled]
+    if not _is_whole(leaf.values):
+        values = _grid(leaf.values, size).reshape(1, -1)
+    elif rows == 1:
+        values = leaf.values.reshape(1, -1)[:, : leaf.filled[0] : strides[0]]
     else:
-        values = _grid(leaf.values, size).reshape(rows, -1)
+        starts = np.cumsum((0, *leaf.lines[:-1])) * leaf.values.shape[1]
+        steps = np.arange(size) * np.array(strides)[:, None] % np.array(leaf.filled)[:, None]
+        values = leaf.values.ravel()[starts[:, None] + steps]
     if not leaf.axes:
         return values
     # What varies over devices becomes the same on all of them by a sum.

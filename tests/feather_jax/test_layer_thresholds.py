@@ -119,6 +119,15 @@ def test_in_feather_with_the_final_sparsities_of_erdos_renyi():
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, last, layer_thresholds(params, final)))
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.93])
+def test_small_leaves_may_fill_several_lines(sparsity):
+    rng = np.random.default_rng(8)
+    arrays = [rng.standard_normal(n, np.float32) for n in (9000, 5, survey._LINE, 4, 12_289)]
+    arrays.append(np.zeros(2 * survey._LINE + 1, np.float32))
+    found = layer_thresholds(arrays, jnp.float32(sparsity), prunable=True)
+    assert found == [sorted_threshold([array], np.float32(sparsity)) for array in arrays]
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_layers(kind):
     mesh = jax.make_mesh((4, 2), ("d", "t"), axis_types=(kind,) * 2)
