@@ -184,7 +184,8 @@ def _select(
             required[0],
         )
         state = search_score(leaves, market, bits)
-        values = lax.bitcast_convert_type(row_thresholds(state, market, rows), static.dtype)
+        found = row_thresholds(state, market, order)[rows]
+        values = lax.bitcast_convert_type(found, static.dtype)
         values = jnp.where(values > 0, values, 0)  # what the backend flushes
         nothing = ~jnp.any(required[0] > 0) | (state.last[0] == 0)
         largest = lax.bitcast_convert_type(state.largest, static.dtype)

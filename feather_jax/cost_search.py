@@ -6,10 +6,8 @@ may not lose more than a bound are searched, in the same passes over the weights
 weight that they may lose, from when it is known that the bound binds.
 """
 
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -108,9 +106,9 @@ def search_score(leaves: list[Leaf], market: Market, bits: np.dtype) -> State:
         )
         here = [leaf._replace(values=each) for leaf, each in zip(leaves, values, strict=True)]
         found = survey(here, candidates)
-        counted = state._replace(counts=found.upto, done=jnp.array(True))
-        searched = _proposed(_narrowed(state, found, market), market, bits)
-        return jax.tree.map(functools.partial(jnp.where, state.closing), counted, searched)
+        # What the last round counts agrees with all that is known, and so changes nothing else.
+        counted = _narrowed(state, found, market)._replace(counts=found.upto, done=state.closing)
+        return _proposed(counted, market, bits)
 
     start = everything(np.zeros(1, np.uint32), bits)
     nothing, all_ = jnp.zeros((1, LIMBS), jnp.uint32), jnp.asarray(wide([market.total]))
@@ -122,7 +120,7 @@ def search_score(leaves: list[Leaf], market: Market, bits: np.dtype) -> State:
         nothing,
         start.last,
         all_,
-        jnp.zeros(rows, bits),
+        jnp.zeros((), bits),
         own,
         full,
         scores,
@@ -224,17 +222,18 @@ def _proposed(state: State, market: Market, bits: np.dtype) -> State:
     )
 
 
-def row_thresholds(state: State, market: Market, rows: np.ndarray) -> UInt[Array, " leaves"]:
+def row_thresholds(state: State, market: Market, order: np.ndarray) -> UInt[Array, " rows"]:
     """The thresholds in bits, from the counts of the last round.
 
     All rows lose what scores below the last score, and row by row what scores just that, until
-    enough is saved: of a row all, or only the smaller of its magnitudes.
+    enough is saved: of a row all, or only the smaller of its magnitudes. `order` has the place of
+    each row among them.
     """
-    before, between, at = (state.counts[rows, i] for i in range(3))
-    lowest, middle, highest = (state.candidates[rows, i] for i in range(3))
-    costs = market.costs[rows]
+    before, between, at = (state.counts[:, i] for i in range(3))
+    lowest, middle, highest = (state.candidates[:, i] for i in range(3))
+    costs = market.costs
     if market.caps is not None:
-        caps, full = market.caps[rows], state.full[rows]
+        caps, full = market.caps, state.full
         before = jnp.where(full, caps, jnp.minimum(before, caps))
         # What would go above the bound stays.
         middle = jnp.where(between > caps, lowest, middle)
@@ -243,7 +242,7 @@ def row_thresholds(state: State, market: Market, rows: np.ndarray) -> UInt[Array
         at = jnp.where(full | (at > caps), between, at)
     some, all_ = (product(counts - before, jnp.asarray(costs), LIMBS) for counts in (between, at))
     # What all rows save before, and each row with those that come first.
-    first_rows = np.tri(len(rows), dtype=bool).T
+    first_rows = order[:, None] <= order
     so_far, _, _ = _over_rows(
         [
             jnp.where(first_rows, more[:, None], 0) + first[:, None]
@@ -255,14 +254,12 @@ def row_thresholds(state: State, market: Market, rows: np.ndarray) -> UInt[Array
     enough = at_least(carry(so_far), market.required)
     some_less = [x - y + z for x, y, z in zip(so_far, all_, some, strict=True)]
     some_enough = at_least(carry(some_less), market.required)
-    first = jnp.argmax(enough)
-    row = np.arange(len(rows))
+    first = jnp.min(jnp.where(enough, order, len(order)))  # there is none where all are too few
     last_one = jnp.where(some_enough, middle, highest)
-    chosen = jnp.where(row < first, highest, jnp.where(row == first, last_one, lowest))
-    chosen = jnp.where(jnp.any(enough), chosen, highest)
-    if market.caps is None:
+    chosen = jnp.where(order < first, highest, jnp.where(order == first, last_one, lowest))
+    own = state.own
+    if market.caps is None or own is None:
         return chosen
-    own = jax.tree.map(lambda x: x[rows], state.own)
     # The largest magnitude with as many weights up to it as may go, or where ties lie, fewer.
     largest = jnp.where(own.first < own.last, own.first, jnp.maximum(own.first, 1) - 1)
     largest = jnp.where(own.upto == caps, own.last, largest)
