@@ -92,7 +92,7 @@ class State(NamedTuple):
     candidates: UInt[Array, "rows k"]  # and the magnitudes up to which they prune each row
     counts: UInt32[Array, "rows k"]  # of the round before, of all rows
     rounds: Int32[Array, ""]
-    closing: Bool[Array, ""]  # the next round is the last one, which counts what is pruned
+    found: Bool[Array, ""]  # the score is, and the round to come counts what it prunes
     done: Bool[Array, ""]
 
 
@@ -106,9 +106,7 @@ def search_score(leaves: list[Leaf], market: Market, bits: np.dtype) -> State:
         )
         here = [leaf._replace(values=each) for leaf, each in zip(leaves, values, strict=True)]
         found = survey(here, candidates)
-        # What the last round counts agrees with all that is known, and so changes nothing else.
-        counted = _narrowed(state, found, market)._replace(counts=found.upto, done=state.closing)
-        return _proposed(counted, market, bits)
+        return _proposed(_narrowed(state, found, market), market, bits)
 
     start = everything(np.zeros(1, np.uint32), bits)
     nothing, all_ = jnp.zeros((1, LIMBS), jnp.uint32), jnp.asarray(wide([market.total]))
@@ -167,6 +165,7 @@ def _narrowed(state: State, found: Survey, market: Market) -> State:
     short = jnp.sum(~enough)  # how many candidates are too low, the first ones
     k = len(enough)
     return state._replace(
+        counts=found.upto,
         first=jnp.maximum(state.first, jnp.max(jnp.where(enough, 0, higher))),
         below=jnp.where(short > 0, saved[jnp.maximum(short, 1) - 1], state.below),
         last=jnp.minimum(
@@ -204,22 +203,22 @@ def _proposed(state: State, market: Market, bits: np.dtype) -> State:
     candidates = market.magnitudes(jnp.broadcast_to(scores, state.candidates.shape))
     # Where a weight is NaN there is nothing to search for.
     infinity = np.array(np.inf, f"f{bits.itemsize}").view(bits)
-    decided = (state.first >= state.last) | (state.largest > infinity)
-    if market.caps is not None and state.own is not None:
-        rank = jnp.asarray(np.maximum(market.caps, 1) - 1)
-        own = next_candidates(state.own, rank, market.sizes, state.rounds)
-        candidates = jnp.where(state.full[:, None], own, candidates)
-        searched = state.full & (market.caps > 0) & undecided(state.own, rank)
-        decided &= ~jnp.any(searched)
-    closing = decided[0]
+    found = ((state.first >= state.last) | (state.largest > infinity))[0]
     before = market.magnitudes(
         jnp.broadcast_to(jnp.maximum(state.last, 1) - 1, (len(market.sizes), 1))
     )
     at = market.magnitudes(jnp.broadcast_to(state.last, (len(market.sizes), 1)))
     last_ones = jnp.concatenate([before, jnp.minimum(before + 1, at), at], axis=1)
-    return state._replace(
-        scores=scores, candidates=jnp.where(closing, last_ones, candidates), closing=closing
-    )
+    candidates, done = jnp.where(found, last_ones, candidates), state.found
+    if market.caps is not None and state.own is not None:
+        rank = jnp.asarray(np.maximum(market.caps, 1) - 1)
+        own = next_candidates(state.own, rank, market.sizes, state.rounds)
+        searched = state.full & (market.caps > 0) & undecided(state.own, rank)
+        done &= ~jnp.any(searched)
+        candidates = jnp.where(state.full[:, None], own, candidates)
+    # What the last round counted, at the candidates that it had, is what thresholds come from.
+    candidates = jnp.where(done, state.candidates, candidates)
+    return state._replace(scores=scores, candidates=candidates, found=found, done=done)
 
 
 def row_thresholds(state: State, market: Market, order: np.ndarray) -> UInt[Array, " rows"]:

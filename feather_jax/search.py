@@ -128,13 +128,16 @@ def together(found: Survey) -> Survey:
 
 
 def narrowed(bracket: Bracket, found: Survey, under: Bool[Array, "n k"]) -> Bracket:
-    """The bracket after a survey; `under` are the candidates that lie below the statistic."""
+    """The bracket after a survey; `under` are the candidates that lie below the statistic.
+
+    Candidates outside the bracket change nothing.
+    """
 
     def raised(known: Array, surveyed: Array) -> Array:
-        return jnp.max(jnp.where(under, surveyed, known[:, None]), axis=1)
+        return jnp.maximum(known, jnp.max(jnp.where(under, surveyed, known[:, None]), axis=1))
 
     def lowered(known: Array, surveyed: Array) -> Array:
-        return jnp.min(jnp.where(under, known[:, None], surveyed), axis=1)
+        return jnp.minimum(known, jnp.min(jnp.where(under, known[:, None], surveyed), axis=1))
 
     return Bracket(
         first=raised(bracket.first, found.above),
