@@ -185,12 +185,12 @@ def draw(
     drawn, indices, end, row = [], [], 0, 0
     for leaf in leaves:
         here = shares[row : row + len(leaf.padding)]
-        values = sample(leaf, max(here)).astype(dtype)
+        values, places = sample(leaf, here)
         # As many of each row as its share, whatever was drawn, so that all stand for as much.
-        for share in here:
-            indices.append(end + np.arange(share) * values.shape[1] // share)
-            end += values.shape[1]
-        drawn.append(values.ravel())
+        for share, place in zip(here, places, strict=True):
+            indices.append(end + place[np.arange(share) * len(place) // share])
+        drawn.append(values.astype(dtype))
+        end += values.size
         row += len(here)
     values = jnp.concatenate(drawn)[np.concatenate(indices)]
     return magnitude_bits(values, bits), np.repeat(np.arange(rows), shares)

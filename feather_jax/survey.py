@@ -204,25 +204,32 @@ def _is_whole(leaf: Array) -> bool:
     return max(hidden, default=1) == 1 and not any(spec)
 
 
-def sample(leaf: Leaf, size: int) -> Array:
-    """About `size` of the values of each row, on all devices, at regular distances."""
-    rows = len(leaf.lines)
+def sample(leaf: Leaf, shares: np.ndarray) -> tuple[Array, list[np.ndarray]]:
+    """About as many values of each row as its share, or more, at regular distances.
+
+    Returns:
+      Values of all devices, and of each row their places among these.
+    """
     # An odd stride takes every column of a leaf whose last dimension is even.
-    strides = [max(filled // size, 1) | 1 for filled in leaf.filled]
+    strides = [max(n // share, 1) | 1 for n, share in zip(leaf.filled, shares, strict=True)]
     if not _is_whole(leaf.values):
-        values = _grid(leaf.values, size).reshape(1, -1)
-    elif rows == 1:
-        values = leaf.values.reshape(1, -1)[:, : leaf.filled[0] : strides[0]]
+        values = _grid(leaf.values, shares[0]).ravel()
+    elif len(shares) == 1:
+        values = leaf.values.ravel()[: leaf.filled[0] : strides[0]]
     else:
         starts = np.cumsum((0, *leaf.lines[:-1])) * leaf.values.shape[1]
-        steps = np.arange(size) * np.array(strides)[:, None] % np.array(leaf.filled)[:, None]
-        values = leaf.values.ravel()[starts[:, None] + steps]
+        rows = zip(starts, shares, strides, leaf.filled, strict=True)
+        steps = [start + np.arange(n) * stride % filled for start, n, stride, filled in rows]
+        values = leaf.values.ravel()[np.concatenate(steps)]
+    length = values.size
+    places = np.split(np.arange(length), np.cumsum(shares)[:-1])
     if not leaf.axes:
-        return values
+        return values, places
     # What varies over devices becomes the same on all of them by a sum.
-    places = jnp.zeros((rows, lax.axis_size(leaf.axes), values.shape[1]), values.dtype)
-    own = places.at[:, lax.axis_index(leaf.axes)].set(values)
-    return lax.psum(own, leaf.axes).reshape(rows, -1)
+    devices = lax.axis_size(leaf.axes)
+    own = jnp.zeros((devices, length), values.dtype).at[lax.axis_index(leaf.axes)].set(values)
+    firsts = np.arange(devices)[:, None] * length
+    return lax.psum(own, leaf.axes).ravel(), [(firsts + each).ravel() for each in places]
 
 
 def _grid(array: Array, size: int) -> Array:
