@@ -13,14 +13,12 @@ SLAB = 36_000
 # The share of a layer's weights that must be in panels for panels to pay.
 IN_PANELS = 0.5
 
-# Pairs of a row and chunk that pay for reading and storing its accumulators once more.
-LEAST_PAIRS = 15
+# Weights of a list, on average, from which on it is gone through by words of offsets, and which pay
+# for reading and storing a row's accumulators once more for another chunk.
+LONG = 12
 
 # Input channels of a chunk, at least.
 LEAST_INPUTS = 8
-
-# Weights of a list, on average, from which on it is gone through by words of offsets.
-LONG = 12
 
 # Cache lines that a list fetches ahead at most: a longer list is a stream that the machine sees.
 MOST_LINES = 16
@@ -57,7 +55,7 @@ def choose_block(
 
     inputs, outputs = op.weights.shape[2:]
     pairs, slab = np.count_nonzero(op.weights) / outputs, _slab(op, x, block)
-    chunks = min(-(-slab // SLAB), int(pairs / LEAST_PAIRS), inputs // LEAST_INPUTS)
+    chunks = min(-(-slab // SLAB), int(pairs / LONG), inputs // LEAST_INPUTS)
     return block, max(1, chunks)
 
 
