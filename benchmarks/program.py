@@ -69,13 +69,14 @@ class Program:
         return self.step.lower(self.state, self.batch)
 
 
-def make(case: Case, sparsity: float, mesh: Mesh | None = None) -> Program:
+def make(case: Case, sparsity: float, mesh: Mesh | None = None, **changes: Any) -> Program:
     """The step as `python -m train.main` runs it, at the sparsity that it ends with.
 
     Args:
       case: what to train.
       sparsity: 0 for the dense twin.
       mesh: of the devices; all there are by default.
+      changes: further fields of the configuration, such as `backbone`.
     """
     config = config_lib.parse(
         {
@@ -89,6 +90,7 @@ def make(case: Case, sparsity: float, mesh: Mesh | None = None) -> Program:
             "prune_end": 0.0,
             "compute_dtype": case.compute_dtype,
         }
+        | changes
     )
     built = experiment.build(config, random_data(case))
     mesh = mesh or parallel.device_mesh()
