@@ -94,7 +94,8 @@ def n_m_thresholds(
         _group_thresholds(jnp.broadcast_to(size, leaves[i].shape), along, n, m)
         for (i, along), size in zip(taken, magnitudes, strict=True)
     ]
-    if sparsity is not None:
+    growing = not is_number or float(np.asarray(sparsity)) < 1 - n / m
+    if sparsity is not None and growing:
         # What the pattern keeps is above every threshold. A NaN stays one.
         candidates = [
             jnp.where(size > group, jnp.inf, size)

@@ -120,6 +120,14 @@ def test_feather_grows_into_the_pattern_and_finalises_it_once():
     jax.tree.map(np.testing.assert_array_equal, prune.finalize(final), final)
 
 
+def test_the_last_sparsity_is_the_whole_pattern_without_a_search():
+    params = {"kernel": jnp.asarray(np.random.default_rng(3).integers(0, 5, (24, 6)), jnp.float32)}
+    whole = n_m_thresholds(params, n=3, m=8)
+    jax.tree.map(np.testing.assert_array_equal, n_m_thresholds(params, 1 - 3 / 8, n=3, m=8), whole)
+    jaxpr = jax.make_jaxpr(lambda params: n_m_thresholds(params, 1 - 3 / 8, n=3, m=8))(params)
+    assert "while" not in str(jaxpr)
+
+
 def test_wrap_ends_in_the_pattern():
     params = network()
     prune = Feather(0.5, end_step=3, select=partial(n_m_thresholds, n=2, m=4))
