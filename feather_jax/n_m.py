@@ -3,20 +3,21 @@
 import functools
 import operator
 import warnings
-from collections.abc import Callable
-from typing import SupportsIndex, TypeAlias
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PyTree, ScalarLike
+from jaxtyping import Array, Float, PyTree, ScalarLike, UInt
 
 from feather_jax.magnitude import Magnitude, has_one_input_axis, like_weights, measure
 from feather_jax.masks import Mask, map_prefix, path_name, pruning_mask
 from feather_jax.selection import global_threshold
 
-_OfTwo: TypeAlias = Callable[[Array, Array], Array]
+# What is elementwise XLA's CPU backend finds again for each weight of a group. For up to as many
+# that takes less than to write it down once, as it does with a reduction.
+_FEW = 4
 
 
 def n_m_thresholds(
@@ -160,43 +161,42 @@ def _group_thresholds(
     axis %= magnitudes.ndim
     bits = jnp.uint64 if magnitudes.dtype == jnp.float64 else jnp.uint32
 
-    def of_groups(magnitudes: Array) -> Array:
-        shape = magnitudes.shape
-        groups = magnitudes.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
+    def of_groups(w: Array) -> Array:
+        shape = w.shape
+        groups = w.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
         # As integers, which have the order of non-negative floats and are compared three times as
         # fast, since no NaN is looked for: it is above infinity.
         groups = lax.bitcast_convert_type(groups, bits)
-        members = [lax.index_in_dim(groups, i, axis + 1, keepdims=True) for i in range(m)]
-        # The barrier keeps XLA from finding it again for each weight of the group.
-        found = lax.optimization_barrier(_order_statistic(members, m - n - 1))
-        found = lax.bitcast_convert_type(found, magnitudes.dtype)
-        return jnp.broadcast_to(found, groups.shape).reshape(shape)
+        found = lax.bitcast_convert_type(_order_statistic(groups, axis + 1, m - n - 1), w.dtype)
+        return jnp.broadcast_to(jnp.expand_dims(found, axis + 1), groups.shape).reshape(shape)
 
     return like_weights(of_groups, magnitudes)
 
 
-def _order_statistic(values: list[Array], rank: int) -> Array:
-    """The value at `rank` in sorted order, elementwise, without sorting more than it takes."""
-    least, most = lax.min, lax.max
-    if rank >= len(values) / 2:  # fewer from the other end
-        least, most, rank = most, least, len(values) - 1 - rank
-    return _first(values, rank + 1, least, most)[-1]
+def _order_statistic(values: UInt[Array, "*shape"], axis: int, rank: int) -> UInt[Array, "..."]:
+    """The value at `rank` in sorted order along an axis, without sorting more than it takes."""
+    size, count = values.shape[axis], rank + 1
+    least, most, none = lax.min, lax.max, np.iinfo(values.dtype).max
+    if rank >= size / 2:  # fewer from the other end
+        least, most, none, count = most, least, 0, size - rank
 
+    def merge(a: list[Array], b: list[Array]) -> list[Array]:
+        """Up to `count` of the values of two sorted lists, in sorted order.
 
-def _first(values: list[Array], count: int, least: _OfTwo, most: _OfTwo) -> list[Array]:
-    """Up to `count` values in sorted order, elementwise, merged from those of both halves.
+        The k-th is the least, over all i, of the larger of the i-th of one list and the (k - i)-th
+        of the other.
+        """
 
-    The k-th of two sorted lists is the least, over all i, of the larger of the i-th of one and the
-    (k - i)-th of the other.
-    """
-    if len(values) == 1:
-        return values
-    middle = len(values) // 2
-    a, b = (_first(half, count, least, most) for half in (values[:middle], values[middle:]))
+        def at(k: int) -> Array:
+            alone = [half[k - 1] for half in (a, b) if k <= len(half)]
+            taken = range(max(1, k - len(b)), min(k - 1, len(a)) + 1)
+            return functools.reduce(least, [*alone, *(most(a[i - 1], b[k - i - 1]) for i in taken)])
 
-    def at(k: int) -> Array:
-        alone = [half[k - 1] for half in (a, b) if k <= len(half)]
-        taken = range(max(1, k - len(b)), min(k - 1, len(a)) + 1)
-        return functools.reduce(least, [*alone, *(most(a[i - 1], b[k - i - 1]) for i in taken)])
+        return [at(k) for k in range(1, min(count, len(a) + len(b)) + 1)]
 
-    return [at(k) for k in range(1, min(count, len(a) + len(b)) + 1)]
+    if size <= _FEW:
+        members = [lax.index_in_dim(values, i, axis, keepdims=False) for i in range(size)]
+        return functools.reduce(merge, [[member] for member in members])[-1]
+    nothing = np.array(none, values.dtype)
+    lists = [values, *[jnp.full_like(values, nothing)] * (count - 1)]
+    return lax.reduce(lists, [nothing] * count, merge, (axis,))[-1]

@@ -63,7 +63,7 @@ def test_what_is_not_prunable_has_the_threshold_zero():
 
 @given(
     hnp.arrays(np.float32, (8, 3), elements=st.sampled_from([0, -0.0, 1, -1, 2, 1e-30, np.inf])),
-    st.sampled_from([(2, 4), (1, 8), (3, 4)]),
+    st.sampled_from([(2, 4), (1, 8), (4, 8), (3, 4)]),
 )
 @settings(max_examples=60)
 def test_ties_are_pruned_together(w, pattern):
@@ -150,17 +150,18 @@ def test_a_nan_is_seen():
     np.testing.assert_array_equal(np.isnan(sparse), np.isnan(params["kernel"]))
 
 
-def test_float64_and_bfloat16():
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_float64_and_bfloat16(n, m):
     with jax.enable_x64(True):
         w = np.random.default_rng(2).normal(size=(8, 3))
-        thresholds = n_m_thresholds({"kernel": w}, 0.5, n=2, m=4)["kernel"]
+        thresholds = n_m_thresholds({"kernel": w}, 0.5, n=n, m=m)["kernel"]
         assert thresholds.dtype == np.float64
-        np.testing.assert_array_equal(thresholds, group_thresholds(np.abs(w), 2, 4))
+        np.testing.assert_array_equal(thresholds, group_thresholds(np.abs(w), n, m))
     w = jnp.asarray(w, jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True), jax.checking_leaks():
-        thresholds = n_m_thresholds({"kernel": w}, n=2, m=4)["kernel"]
+        thresholds = n_m_thresholds({"kernel": w}, n=n, m=m)["kernel"]
     assert thresholds.dtype == np.float32
-    np.testing.assert_array_equal(thresholds, group_thresholds(np.abs(np.float32(w)), 2, 4))
+    np.testing.assert_array_equal(thresholds, group_thresholds(np.abs(np.float32(w)), n, m))
 
 
 def test_blocks_of_outputs_in_groups_of_inputs():
@@ -228,13 +229,14 @@ def test_errors(arguments, error, message):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("spec", [P(None, None, "a", "b"), P(None, None, None, ("a", "b"))])
-def test_sharded_weights_have_thresholds_sharded_alike(axis_type, spec):
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_sharded_weights_have_thresholds_sharded_alike(axis_type, spec, n, m):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
     w = np.random.default_rng(5).normal(size=(3, 3, 32, 16)).astype(np.float32)
     params = {"kernel": jax.device_put(w, NamedSharding(mesh, spec))}
     for function in (n_m_thresholds, jax.jit(n_m_thresholds, static_argnames=("n", "m"))):
-        thresholds = function(params, n=2, m=4)["kernel"]
-        np.testing.assert_array_equal(thresholds, group_thresholds(np.abs(w), 2, 4))
+        thresholds = function(params, n=n, m=m)["kernel"]
+        np.testing.assert_array_equal(thresholds, group_thresholds(np.abs(w), n, m))
         assert thresholds.sharding.is_equivalent_to(params["kernel"].sharding, 4)
 
 
