@@ -17,10 +17,10 @@ from feather_jax.search import (
     Bracket,
     draw,
     everything,
+    expected,
     from_sample,
     interpolated,
     narrowed,
-    next_candidates,
     undecided,
 )
 from feather_jax.survey import Leaf, Survey, survey
@@ -199,7 +199,16 @@ def _proposed(state: State, market: Market, bits: np.dtype) -> State:
     left = jnp.maximum(difference(market.required, state.below) - half, half)
     count = jnp.maximum(difference(state.upto, state.below), 2 * half)
     above = difference(jnp.asarray(wide([market.total])), state.below) + half
-    scores = interpolated(state.first, state.last, left, count, above, state.rounds)[0]
+    first, last = state.first, state.last
+    if market.caps is not None and state.own is not None:
+        rank = jnp.asarray(np.maximum(market.caps, 1) - 1)
+        rows = expected(state.own, rank, market.sizes)
+        first, last, left, count, above = (
+            jnp.concatenate(pair)
+            for pair in zip((first, last, left, count, above), rows, strict=True)
+        )
+    places = interpolated(first, last, left, count, above, state.rounds)
+    scores = places[0]
     candidates = market.magnitudes(jnp.broadcast_to(scores, state.candidates.shape))
     # Where a weight is NaN there is nothing to search for.
     infinity = np.array(np.inf, f"f{bits.itemsize}").view(bits)
@@ -211,11 +220,9 @@ def _proposed(state: State, market: Market, bits: np.dtype) -> State:
     last_ones = jnp.concatenate([before, jnp.minimum(before + 1, at), at], axis=1)
     candidates, done = jnp.where(found, last_ones, candidates), state.found
     if market.caps is not None and state.own is not None:
-        rank = jnp.asarray(np.maximum(market.caps, 1) - 1)
-        own = next_candidates(state.own, rank, market.sizes, state.rounds)
         searched = state.full & (market.caps > 0) & undecided(state.own, rank)
         done &= ~jnp.any(searched)
-        candidates = jnp.where(state.full[:, None], own, candidates)
+        candidates = jnp.where(state.full[:, None], places[1:], candidates)
     # What the last round counted, at the candidates that it had, is what thresholds come from.
     candidates = jnp.where(done, state.candidates, candidates)
     return state._replace(scores=scores, candidates=candidates, found=found, done=done)

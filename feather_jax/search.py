@@ -98,7 +98,7 @@ def _search(
             found = together(found)
         bracket = narrowed(state.bracket, found, found.upto <= rank[:, None])
         # They are state, because what XLA computes twice need not round the same way twice.
-        candidates = next_candidates(bracket, rank, size, state.rounds + 1)
+        candidates = interpolated(*expected(bracket, rank, size), state.rounds + 1)
         return _State(bracket, candidates, state.rounds + 1)
 
     first = _first_candidates(leaves, rank, size, bits)
@@ -196,14 +196,14 @@ def draw(
     return magnitude_bits(values, bits), np.repeat(np.arange(rows), shares)
 
 
-def next_candidates(
-    bracket: Bracket, rank: UInt32[Array, " n"], size: np.ndarray, rounds: Int32[Array, ""]
-) -> UInt[Array, "n k"]:
-    """Where the weights in the bracket are expected to have `rank`."""
+def expected(
+    bracket: Bracket, rank: UInt32[Array, " n"], size: np.ndarray
+) -> tuple[Array, Array, Array, Array, Array]:
+    """What `interpolated` takes to say where the weights in the bracket should have `rank`."""
     count = (bracket.upto - bracket.below).astype(jnp.float32)
     left = (rank - bracket.below).astype(jnp.float32) + 0.5
     above = (jnp.asarray(size) - bracket.below).astype(jnp.float32) + 0.5
-    return interpolated(bracket.first, bracket.last, left, count, above, rounds)
+    return bracket.first, bracket.last, left, count, above
 
 
 def interpolated(
