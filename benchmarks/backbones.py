@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from benchmarks import accuracy
 from benchmarks.common import RESULTS, append_result, print_table
@@ -168,7 +168,8 @@ def draw(left: str, path: pathlib.Path, by_network: dict[str, list[Point]]) -> N
         what = {"weights_left": "prunable weights left", "macs_left": "MACs left"}[left]
         axes.set_xlabel(f"{what}, log scale")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.xaxis.set_minor_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7, which="both")
