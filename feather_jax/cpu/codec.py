@@ -28,18 +28,11 @@ CLASSES: dict[str, type] = {
     for kind in (
         *(dense.SparseProduct, dense.DenseProduct),
         *(graph.Broadcast, graph.Concatenate, graph.Elementwise, graph.Gather, graph.Literal),
-        *(
-            graph.MatMul,
-            graph.Pad,
-            graph.Pool,
-            graph.Reduce,
-            graph.Reshape,
-            graph.Slice,
-            graph.Step,
-        ),
+        *(graph.MatMul, graph.Pad, graph.Pool, graph.Reduce, graph.Reshape, graph.Slice),
+        *(graph.Step, graph.Transpose),
         *(layouts.ToTiles, layouts.ToRows, layouts.Halo, layouts.Retile),
         *(plan.Array, plan.Copy, plan.Place, plan.Plan, plan.RowsKernel, plan.Step),
-        *(graph.Transpose, convolution.SparseConvolution, target.Target, tiles.Tiles),
+        *(convolution.SparseConvolution, target.Target, tiles.Tiles),
         *(tiled.TiledPool, tiled.TiledReduce, tiled.TiledElementwise),
         *(transpose.RowsToTiles, transpose.TilesToRows),
     )
