@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import feather_jax as feather
+from tests.train.stepping import assert_close, on_devices
 from train import evaluate, export, main, parallel, program, report
 from train.errors import UserError
 from train.experiment import build, initial_state
@@ -34,16 +35,7 @@ def states_on(config):
 
     def train(devices, steps, **changes):
         experiment = build(config(**changes))
-        chosen = jax.devices()[:devices]
-        mesh = jax.sharding.Mesh(np.array(chosen), (parallel.AXIS,))
-        step = make_train_step(experiment)
-        step_on_devices = jax.pmap(
-            lambda state, batch: step(state, batch, axis_name=parallel.AXIS),
-            axis_name=parallel.AXIS,
-            in_axes=(None, 0),
-            out_axes=None,
-            devices=chosen,
-        )
+        step_on_devices, mesh = on_devices(make_train_step(experiment), devices)
         state = parallel.replicate(initial_state(experiment), mesh)
         states = [jax.device_get(state)]
         for batch in itertools.islice(experiment.data.train_batches(0), steps):
@@ -61,14 +53,6 @@ def first_batch(experiment):
 
 def loss_of(logits, labels):
     return float(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
-
-
-def assert_close(actual, expected, tolerance):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
-        actual,
-        expected,
-    )
 
 
 @pytest.mark.slow

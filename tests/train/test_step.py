@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 import feather_jax as feather
+from tests.train.stepping import assert_close, on_devices
 from train import config as config_lib
 from train import experiment, parallel
 from train.data import DataSet
@@ -115,28 +116,12 @@ DENSE = feather.Feather(sparsity=0.0, end_step=0)
 
 
 def train_on(devices, steps, prune, **options):
-    chosen = jax.devices()[:devices]
     step, state = setup(prune, **options)
-    mesh = jax.sharding.Mesh(np.array(chosen), (parallel.AXIS,))
-    parallel_step = jax.pmap(
-        lambda state, batch: step(state, batch, axis_name=parallel.AXIS),
-        axis_name=parallel.AXIS,
-        in_axes=(None, 0),
-        out_axes=None,
-        devices=chosen,
-    )
+    parallel_step, mesh = on_devices(step, devices)
     state = parallel.replicate(state, mesh)
     for number in range(steps):
         state, metrics = parallel_step(state, parallel.shard(global_batch(number), mesh))
     return jax.device_get((state, metrics))
-
-
-def assert_close(actual, expected, tolerance):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
-        actual,
-        expected,
-    )
 
 
 @pytest.fixture(scope="module")
